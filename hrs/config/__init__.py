@@ -1,0 +1,23 @@
+"""One experiment as frozen dataclasses: typed dotted overrides, canonical JSON, content hash.
+
+A config decides *everything* that may change a number (model, data, training, seed) and nothing else: how a run
+is executed (device, micro-batch, threads) lives in :class:`hrs.training.Runtime` and is not hashed.
+"""
+
+from hrs.config.codec import canonical_json, content_hash, flatten, from_dict, override, parse_assignments, to_dict
+from hrs.config.experiment import (
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from hrs.config.model import EngramConfig, LocalityConfig, ModelConfig, RouterConfig, TierConfig
+
+__all__ = [
+    "DataConfig", "EngramConfig", "EvaluationConfig", "ExperimentConfig", "LocalityConfig", "ModelConfig",
+    "OptimizerConfig", "PhaseConfig", "RouterConfig", "ScheduleConfig", "TierConfig", "TrainingConfig",
+    "canonical_json", "content_hash", "flatten", "from_dict", "override", "parse_assignments", "to_dict",
+]  # fmt: skip

@@ -1,0 +1,137 @@
+"""Data, training and evaluation: with the model, everything that decides a run's numbers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hrs.config.checks import require_at_least, require_within
+from hrs.config.model import ModelConfig
+from hrs.errors import HRSError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which text, cut into which tokens."""
+
+    corpus: str = "wiki-mini"
+    """``wiki-mini``, ``bbc``, ``wikitext-103``, ``hf:NAME[:CONFIG]``, ``text:PATH``, ``jsonl:PATH``, ``parquet:PATH``."""
+    tokenizer: str = "gpt2"
+    """``gpt2`` or ``bpe:N`` (byte-level BPE of N ids, trained on the training split)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over the run, as shares of all steps, so that one schedule fits every scale."""
+
+    shape: Literal["cosine", "wsd", "cosine_hold_linear"] = "cosine"
+    """``cosine`` to the floor; ``wsd``: warm-up, stable, linear decay; ``cosine_hold_linear``: cosine to the floor,
+    hold, linear to zero."""
+    peak_lr: float = 3e-4
+    """Highest learning rate."""
+    warmup_frac: float = 0.02
+    """Share of linear warm-up from zero."""
+    floor_frac: float = 0.0
+    """Lowest learning rate as a share of the peak."""
+    decay_frac: float = 0.2
+    """Share of the final linear decay (``wsd``, ``cosine_hold_linear``)."""
+    hold_frac: float = 0.2
+    """Share held at the floor before the final decay (``cosine_hold_linear``)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, peak_lr=0.0)
+        require_within(self, warmup_frac=(0, 1), floor_frac=(0, 1), decay_frac=(0, 1), hold_frac=(0, 1))
+        tail = {"cosine": 0.0, "wsd": self.decay_frac, "cosine_hold_linear": self.decay_frac + self.hold_frac}
+        if self.warmup_frac + tail[self.shape] > 1:
+            raise HRSError("schedule: warmup_frac, hold_frac and decay_frac together must not exceed 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseConfig:
+    """A stretch of training with its own learning-rate multiplier per parameter group."""
+
+    name: str
+    """Shown in logs and plots."""
+    frac: float
+    """Share of all steps. The fractions of all phases sum to 1."""
+    multipliers: tuple[tuple[str, float], ...] = ()
+    """(group, multiplier) pairs; groups that are not named keep 1."""
+    freeze: tuple[str, ...] = ()
+    """Parameter-name prefixes that do not learn in this phase."""
+    reinitialise: tuple[str, ...] = ()
+    """Parameters drawn anew, N(0, 0.02), at the first step of this phase."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices."""
+    decay_vectors: bool = False
+    """Decay biases, norms and scalars too, as the original did."""
+    clip_norm: float = 1.0
+    """Global gradient norm over the groups that learn; 0 is off."""
+
+    def __post_init__(self) -> None:
+        require_within(self, beta1=(0, 1), beta2=(0, 1))
+        require_at_least(self, eps=0.0, weight_decay=0.0, clip_norm=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """What the optimiser sees, step by step."""
+
+    steps: int = 50_000
+    """Optimiser steps."""
+    batch_sequences: int = 48
+    """Windows per step: the effective batch. How it is split into micro-batches is not part of a run's identity."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over the vocabulary."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast; ``auto`` is bf16 on CUDA and fp32 on the CPU."""
+    validations: int = 10
+    """Times the validation loss is taken during training."""
+    validation_windows: int = 0
+    """Windows of those in-training validations; 0 is the whole split. The final evaluation always takes the whole."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    phases: tuple[PhaseConfig, ...] = ()
+    """Empty: one phase in which every multiplier is 1."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, steps=1, batch_sequences=1, validations=0, validation_windows=0)
+        require_within(self, label_smoothing=(0, 1))
+        if self.phases and abs(sum(p.frac for p in self.phases) - 1) > 1e-6:
+            raise HRSError(
+                f"training.phases: fractions sum to {sum(p.frac for p in self.phases):g}, they must sum to 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How the final numbers are taken."""
+
+    stride_frac: float = 0.5
+    """Step between evaluation windows as a share of max_seq_len: 0.5 gives every token at least half a context."""
+
+    def __post_init__(self) -> None:
+        require_within(self, stride_frac=(1e-6, 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExperimentConfig:
+    """Everything that decides a run's numbers."""
+
+    preset: str = "dense_baseline"
+    scale: str = "tiny"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.batch_sequences * self.model.max_seq_len

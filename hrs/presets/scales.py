@@ -1,0 +1,68 @@
+"""One dial for width, depth, vocabulary, context and steps; presets say what, a scale says how big."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hrs.errors import HRSError
+
+SCALES: dict[str, Mapping[str, Any]] = {
+    # A test: seconds.
+    "micro": {
+        "model.d_model": 32,
+        "model.n_heads": 2,
+        "model.d_ff": 64,
+        "model.max_seq_len": 64,
+        "model.router.hidden": 8,
+        "model.tiers.expert_hidden": 16,
+        "model.engram.window": 16,
+        "data.tokenizer": "bpe:512",
+        "training.steps": 20,
+        "training.batch_sequences": 4,
+        "training.validations": 2,
+        "training.schedule.peak_lr": 3e-3,
+        "training.schedule.warmup_frac": 0.1,
+    },
+    # The README demo: the whole table on two CPU cores in minutes.
+    "tiny": {
+        "model.d_model": 128,
+        "model.n_heads": 4,
+        "model.d_ff": 512,
+        "model.max_seq_len": 128,
+        "model.router.hidden": 16,
+        "model.tiers.expert_hidden": 64,
+        "model.engram.window": 32,
+        "data.tokenizer": "bpe:2048",
+        "training.steps": 400,
+        "training.batch_sequences": 8,
+        "training.validations": 5,
+        "training.schedule.peak_lr": 3e-3,
+        "training.schedule.warmup_frac": 0.05,
+    },
+    # A laptop GPU: about an hour a row.
+    "small": {
+        "model.d_model": 256,
+        "model.n_heads": 4,
+        "model.d_ff": 1024,
+        "model.max_seq_len": 256,
+        "model.router.hidden": 32,
+        "model.tiers.expert_hidden": 128,
+        "model.engram.window": 64,
+        "data.tokenizer": "bpe:8192",
+        "training.steps": 10_000,
+        "training.batch_sequences": 32,
+        "training.schedule.peak_lr": 1e-3,
+    },
+    # The original's setting: the dataclass defaults, on a 16 GB card.
+    "paper": {},
+}
+
+
+def get_scale(name: str) -> Mapping[str, Any]:
+    """The scale's field values.
+
+    Raises:
+        HRSError: if there is no such scale.
+    """
+    if name not in SCALES:
+        raise HRSError(f"unknown scale '{name}': choose one of {', '.join(SCALES)}")
+    return SCALES[name]
