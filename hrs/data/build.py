@@ -1,0 +1,115 @@
+"""Building one token store: read the corpus, train the tokenizer, encode document by document, write Arrow files."""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from hrs.data.documents import SPLITS, Corpus, Document, SplitName, split_of
+from hrs.data.tokenization import build_tokenizer, end_of_text_id
+from hrs.errors import HRSError
+
+_BATCH_DOCUMENTS = 256
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def write_store(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
+    """Write the store of a corpus into an empty folder; ``store.json`` lists the files with their sizes.
+
+    Raises:
+        HRSError: if the corpus is empty or malformed, too small for the tokenizer, or leaves a split without text.
+    """
+    training = (document.text for split, document in _documents(corpus, "reading") if split == "train")
+    if (first := next(training, None)) is None:
+        raise _empty_split(corpus, "train")
+    tokenizer = build_tokenizer(tokenizer_name, itertools.chain([first], training))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    topics: dict[str, int] = {}
+    writers = {split: _SplitWriter(folder, split, tokenizer) for split in SPLITS}
+    documents = _documents(corpus, "tokenising")
+    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+        encodings = tokenizer.encode_batch_fast([document.text for _, document in batch], add_special_tokens=False)
+        for (split, document), encoding in zip(batch, encodings, strict=True):
+            topic_id = -1 if document.topic is None else topics.setdefault(document.topic, len(topics))
+            writers[split].add(document, topic_id, encoding.ids)
+    for split, writer in writers.items():
+        if writer.close() == 0 and split != "test":
+            raise _empty_split(corpus, split)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    meta = {"corpus": corpus.name, "tokenizer": tokenizer_name, "licence": corpus.licence, "topics": list(topics)}
+    (folder / "store.json").write_text(json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
+
+
+def _empty_split(corpus: Corpus, split: SplitName) -> HRSError:
+    return HRSError(
+        f"corpus {corpus.name} has no document in its {split} split (the hash of a title decides it, 90/5/5): "
+        "give it more documents, or name splits in a field 'split' of jsonl or parquet"
+    )
+
+
+def _documents(corpus: Corpus, doing: str) -> Iterator[tuple[SplitName, Document]]:
+    """Documents that hold text, with their splits; says on stderr how fast they come if it takes long."""
+    start = last_line = time.monotonic()
+    count = 0
+    for document in corpus.documents():
+        if not document.text.strip():
+            continue
+        count += 1
+        yield document.split or split_of(document.title), document
+        if (now := time.monotonic()) - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = now
+            rate = count / (now - start)
+            print(f"{corpus.name}: {doing}, {count:,} documents, {rate:,.0f} a second", file=sys.stderr, flush=True)
+    if count == 0:
+        raise HRSError(f"corpus {corpus.name} holds no text: name another, or put documents into it")
+
+
+class _SplitWriter:
+    """Streams the ids of one split to disk, so that a corpus need not fit into memory."""
+
+    def __init__(self, folder: Path, split: SplitName, tokenizer: Tokenizer) -> None:
+        self._folder, self._split = folder, split
+        self._dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
+        self._eot_id = end_of_text_id(tokenizer)
+        self._raw_path = folder / f"{split}.raw"
+        self._raw = self._raw_path.open("wb")
+        self._raw.write(np.array([self._eot_id], dtype=self._dtype).tobytes())
+        self._n_tokens = 1
+        self._titles: list[str] = []
+        self._numbers: list[tuple[int, int, int, int]] = []
+
+    def add(self, document: Document, topic_id: int, ids: list[int]) -> None:
+        self._raw.write(np.array([*ids, self._eot_id], dtype=self._dtype).tobytes())
+        self._n_tokens += len(ids) + 1
+        self._titles.append(document.title)
+        n_bytes, n_words = len(document.text.encode("utf-8")), len(document.text.split())
+        self._numbers.append((topic_id, n_bytes, n_words, self._n_tokens))
+
+    def close(self) -> int:
+        """Write the Arrow files; returns the number of documents."""
+        self._raw.close()
+        with pa.memory_map(str(self._raw_path)) as raw:
+            tokens = pa.Array.from_buffers(pa.from_numpy_dtype(self._dtype), self._n_tokens, [None, raw.read_buffer()])
+            self._write("tokens", pa.record_batch({"tokens": tokens}))
+        self._raw_path.unlink()
+        topic_id, n_bytes, n_words, end = np.array(self._numbers, dtype=np.int64).reshape(-1, 4).T
+        columns = {
+            "title": pa.array(self._titles, pa.string()),
+            "topic_id": pa.array(topic_id.astype(np.int32)),
+            "n_bytes": pa.array(n_bytes),
+            "n_words": pa.array(n_words),
+            "end": pa.array(end),
+        }
+        self._write("documents", pa.record_batch(columns))
+        return len(self._titles)
+
+    def _write(self, what: str, batch: pa.RecordBatch) -> None:
+        # One record batch: a column in several cannot be viewed as one numpy array without a copy.
+        with pa.ipc.new_file(self._folder / f"{self._split}.{what}.arrow", batch.schema) as writer:
+            writer.write_batch(batch)

@@ -1,0 +1,69 @@
+"""Which tokens one training batch sees, and which tokens each evaluation window scores."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrs.errors import HRSError
+
+
+class TrainingWindows:
+    """Batches of random non-overlapping windows, a pure function of (seed, step): to resume is to know the step.
+
+    An epoch shifts the grid of windows by a random offset, shuffles it, and drops what does not fill a batch. Windows
+    share one token at their border, the last target of one being the first input of the next.
+    """
+
+    def __init__(self, tokens: NDArray[Any], window: int, batch: int, seed: int) -> None:
+        """``tokens`` 1-D, ``window`` targets per row, ``batch`` rows.
+
+        Raises:
+            HRSError: if the tokens do not fill one batch.
+        """
+        # One window fewer than fits without an offset, so that every epoch has as many steps whatever its offset.
+        self._n_windows = (len(tokens) - window) // window
+        self.steps_per_epoch = self._n_windows // batch
+        if self.steps_per_epoch < 1:
+            raise HRSError(
+                f"training text of {len(tokens)} tokens is shorter than one batch, which needs {window * (batch + 1)} "
+                f"({batch} windows of {window} and room to shift them): use more text, or a smaller batch or context"
+            )
+        self._tokens, self._window, self._batch, self._seed = tokens, window, batch, seed
+        self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Token ids int64 [batch, window + 1] of a step >= 0: inputs are ``[:, :-1]``, targets ``[:, 1:]``."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        starts = self._epoch_starts(epoch)[index * self._batch : (index + 1) * self._batch]
+        return self._tokens[starts[:, None] + np.arange(self._window + 1)].astype(np.int64)  # [batch, window + 1]
+
+    def _epoch_starts(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self._seed, epoch])
+            offset = rng.integers(len(self._tokens) - self._n_windows * self._window)
+            self._epoch, self._starts = epoch, offset + self._window * rng.permutation(self._n_windows)
+        return self._starts
+
+
+def evaluation_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Sliding windows that score every token but the first exactly once: yields (start, first_scored).
+
+    A window reads ``tokens[start : start + window + 1]``, its inputs and one more target, and scores the targets from
+    position ``first_scored`` of the stream to its end. A target has at least ``window - stride`` tokens of context, or
+    all there are. All windows are full, the last by moving back, unless the text is shorter than one.
+
+    Raises:
+        HRSError: if the stride is not within 1..window, or there is no target.
+    """
+    if not 1 <= stride <= window:
+        raise HRSError(f"stride {stride} must be between 1 and the window of {window} tokens")
+    if n_tokens < 2:
+        raise HRSError(f"text of {n_tokens} tokens has nothing to predict: use a longer one")
+    last_start = max(n_tokens - 1 - window, 0)
+    first_scored = 1
+    for start in range(0, last_start + stride, stride):
+        start = min(start, last_start)
+        yield start, first_scored
+        first_scored = start + window + 1
