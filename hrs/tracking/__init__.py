@@ -1,0 +1,11 @@
+"""What happened: studies and runs in MLflow. Nothing outside this package knows MLflow.
+
+A study is a parent run and a trial its child; both are found again by name or run key and continued, never doubled.
+MLflow itself is imported when a :class:`Tracker` is made, so importing this package is cheap.
+"""
+
+from hrs.tracking.logger import Outcome, RunLogger
+from hrs.tracking.store import ui_command
+from hrs.tracking.tracker import RunBusy, Tracker
+
+__all__ = ["Outcome", "RunBusy", "RunLogger", "Tracker", "ui_command"]

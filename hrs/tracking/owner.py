@@ -1,0 +1,33 @@
+"""Who writes a run: a process, named so that anybody can tell later whether it is still alive."""
+
+import os
+import socket
+import time
+
+HEARTBEAT_SECONDS = 30
+_SILENT_SECONDS = 20 * HEARTBEAT_SECONDS
+
+
+def this_process() -> str:
+    """``host:pid:start``: a process id alone may have been given to another process since."""
+    import psutil
+
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def is_alive(owner: str, heartbeat_seconds: float | None) -> bool:
+    """Whether the process that ``owner`` names still runs.
+
+    A process on another host cannot be looked at: it counts as dead once its last heartbeat (seconds since the epoch)
+    is ten minutes old, and as alive if it never gives one.
+    """
+    import psutil
+
+    host, pid, started = owner.rsplit(":", 2)
+    if host != socket.gethostname():
+        return heartbeat_seconds is None or time.time() - heartbeat_seconds < _SILENT_SECONDS
+    try:
+        process = psutil.Process(int(pid))
+        return abs(process.create_time() - float(started)) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

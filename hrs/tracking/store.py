@@ -1,0 +1,164 @@
+"""The tracking store: one SQLite file below the storage root, or the MLflow server that MLFLOW_TRACKING_URI names."""
+
+import logging
+import os
+import sqlite3
+import sys
+import urllib.error
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from hrs.errors import HRSError
+from hrs.storage import Storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "hrs"
+_REACH_TIMEOUT_SECONDS = 5
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow's own 7 retries keep a training run waiting for minutes; RunLogger buffers and retries instead.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+def connect(storage: Storage) -> tuple["MlflowClient", str]:
+    """A client of the store and the id of the experiment; both are made if they are missing.
+
+    The first to open a new SQLite file makes it under a file lock and under another name, with the experiment in it, so
+    that no process ever sees a store whose migrations are still running (two at once would crash each other).
+
+    Raises:
+        HRSError: if the store is not one, belongs to something else, is half-made or cannot be reached.
+    """
+    uri = storage.tracking_uri
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https"):
+        _require_server(uri)
+        _import_mlflow()
+    elif scheme == "sqlite" and uri.startswith("sqlite:////"):
+        _import_mlflow()
+        _require_sqlite(Path(uri.removeprefix("sqlite:///")), storage)
+    else:
+        raise HRSError(
+            f"tracking store '{uri}' is not supported: set MLFLOW_TRACKING_URI to http://HOST:PORT or "
+            "sqlite:////ABSOLUTE/PATH.db, or unset it"
+        )
+    return _experiment(uri, storage)
+
+
+def store_lock(storage: Storage) -> FileLock:
+    """Held while a store, a study or a run is looked up and made, so that none is made twice."""
+    folder = storage.root / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "tracking.lock", timeout=300)
+
+
+def ui_command(storage: Storage, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+    """The command that shows the SQLite store in MLflow's browser interface: one worker, no job runner.
+
+    Raises:
+        HRSError: if the runs are on a server already.
+    """
+    uri = storage.tracking_uri
+    if not uri.startswith("sqlite:"):
+        raise HRSError(f"the runs are on a tracking server already: open {uri} in a browser")
+    lean = ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
+    server = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
+    return ["env", *lean, *server, "--backend-store-uri", uri, "--artifacts-destination", str(storage.artifacts)]
+
+
+def _import_mlflow() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It prints a stack trace before it raises the same error, also for one that a retry mends.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def _require_server(uri: str) -> None:
+    parts = urlsplit(uri)
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=_REACH_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):  # the client, unlike this look, brings credentials
+            raise HRSError(
+                f"{address} is not an MLflow server (it answers {error.code} to /health): correct MLFLOW_TRACKING_URI"
+            ) from error
+    except OSError as error:
+        raise HRSError(
+            f"tracking server {address} cannot be reached ({getattr(error, 'reason', error)}): "
+            "start it, or unset MLFLOW_TRACKING_URI to use the storage folder"
+        ) from error
+
+
+def _require_sqlite(path: Path, storage: Storage) -> None:
+    if _is_missing(path):
+        _create_sqlite(path, storage)
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError as error:
+        raise HRSError(f"tracking store {path} cannot be read as SQLite ({error}): move that file away") from error
+    if not {"experiments", "alembic_version"} <= tables:
+        raise HRSError(f"tracking store {path} is a database of something else: name another MLFLOW_TRACKING_URI")
+
+
+def _is_missing(path: Path) -> bool:
+    return not path.exists() or path.stat().st_size == 0
+
+
+def _create_sqlite(path: Path, storage: Storage) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.artifacts.mkdir(parents=True, exist_ok=True)
+    with store_lock(storage):
+        if not _is_missing(path):
+            return
+        unfinished = path.with_name(path.name + ".new")
+        unfinished.unlink(missing_ok=True)
+        # Absolute, or artifacts would land below the working directory of whichever process logs them.
+        store = SqlAlchemyStore(f"sqlite:///{unfinished}", storage.artifacts.as_uri())
+        store.create_experiment(EXPERIMENT, artifact_location=storage.artifacts.as_uri())
+        store.engine.dispose()
+        os.replace(unfinished, path)
+
+
+def _experiment(uri: str, storage: Storage) -> tuple["MlflowClient", str]:
+    from alembic.util import CommandError
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            with store_lock(storage):
+                found = client.get_experiment_by_name(EXPERIMENT)
+                if found is None:
+                    location = storage.artifacts.as_uri() if uri.startswith("sqlite:") else None  # a server has its own
+                    return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+    except (MlflowException, SQLAlchemyError, CommandError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise HRSError(
+            f"tracking store {uri} cannot be used ({cause}): if it is half-made move it away, "
+            "if it is older run 'mlflow db upgrade' on it"
+        ) from error
+    if found.lifecycle_stage != "active":
+        raise HRSError(f"experiment '{EXPERIMENT}' is deleted in {uri}: restore it with 'mlflow experiments restore'")
+    return client, found.experiment_id

@@ -1,0 +1,258 @@
+"""Studies and runs: found again by name and key, continued, closed when their process died, read back as records."""
+
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hrs.config import ExperimentConfig, flatten, to_dict
+from hrs.errors import HRSError
+from hrs.identity import code_version
+from hrs.storage import Storage
+from hrs.tracking.logger import Outcome, RunLogger, close_run
+from hrs.tracking.owner import is_alive, this_process
+from hrs.tracking.reading import missing_record, read_record, status_of
+from hrs.tracking.store import connect, store_lock
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from hrs.report.records import RunRecord, Status
+
+_PARAM_VALUE_CHARACTERS = 6000  # MLflow's limits
+_PARAMS_PER_REQUEST = 100
+_RUNS_FILE = "study.json"
+
+
+class RunBusy(HRSError):
+    """Another living process is writing this run."""
+
+
+class Tracker:
+    """The tracking store of one storage root.
+
+    Raises:
+        HRSError: if the store cannot be used or reached.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._client, self._experiment_id = connect(storage)
+
+    # ---- studies -----------------------------------------------------------------------------------------------------
+
+    def open_study(self, name: str, runs: Mapping[str, ExperimentConfig], *, extend: bool = False) -> str:
+        """Start or continue a study and return its tracking id.
+
+        ``runs`` (run key to config, in the order of the report) becomes the study's list, or is added to it if
+        ``extend``. Runs that another study already made belong to the list like any other.
+        """
+        planned = {k: {"preset": c.preset, "scale": c.scale, "seed": c.seed} for k, c in runs.items()}
+        with store_lock(self._storage):
+            study = self._study(name)
+            if study is None:
+                tags = {"hrs.kind": "study", "hrs.study": name}
+                study_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
+            else:
+                study_id = study.info.run_id
+                planned = (self._planned(study) if extend else {}) | planned
+            self._claim(study_id, {"hrs.code_version": code_version()})
+            self._client.log_dict(study_id, planned, _RUNS_FILE)
+        return study_id
+
+    def close_study(self, study_id: str, outcome: Outcome, reason: str = "") -> None:
+        """Close the study's own run; its trials are closed by their loggers."""
+        close_run(self._client, study_id, outcome, reason)
+
+    def log_study_artifact(self, study_id: str, path: Path) -> None:
+        """Store a copy of a file or directory, such as the report, with the study."""
+        if path.is_dir():
+            self._client.log_artifacts(study_id, str(path), path.name)
+        else:
+            self._client.log_artifact(study_id, str(path))
+
+    def studies(self) -> list[str]:
+        """Names of all studies, the oldest first."""
+        return [run.data.tags["hrs.study"] for run in self._search("tags.`hrs.kind` = 'study'")]
+
+    def study_keys(self, name: str) -> list[str]:
+        """Keys of all runs of a study, in its order, wherever they were made.
+
+        Raises:
+            HRSError: if there is no such study.
+        """
+        return list(self._planned(self._require_study(name)))
+
+    def study_records(self, name: str, with_history: bool = True) -> "list[RunRecord]":
+        """Records of all runs of a study; one that never ran is ``missing`` but knows its preset, scale and seed."""
+        planned = self._planned(self._require_study(name))
+        return [
+            dataclasses.replace(record, **planned[record.key]) if record.status == "missing" else record
+            for record in self.records(planned, with_history)
+        ]
+
+    # ---- runs --------------------------------------------------------------------------------------------------------
+
+    def open_run(
+        self, key: str, study_id: str, config: ExperimentConfig, data_fingerprint: str, *, system_metrics: bool = False
+    ) -> RunLogger:
+        """Start the run of ``key`` as a child of a study, or continue it where its curves end.
+
+        Args:
+            system_metrics: sample processor, memory, disk, network and (with nvidia-ml-py) cards every ten seconds.
+
+        Raises:
+            RunBusy: if another living process is writing this run.
+        """
+        with store_lock(self._storage):
+            run = self._find(key)
+            if run is None:
+                study = self._client.get_run(study_id).data.tags["hrs.study"]
+                run = self._create_run(key, study_id, study, config, data_fingerprint)
+            elif status_of(run) == "running" and _has_living_owner(run, other_than_this=True):
+                raise RunBusy(f"run {key} is being written by process {run.data.tags['hrs.owner']}: wait until it ends")
+            self._claim(run.info.run_id, {})
+        self._log_params(run, config)
+        monitor = self._start_monitor(run.info.run_id) if system_metrics else None
+        # The latest point of every metric: its step is not among MLflow's public fields.
+        last_steps = {metric.key: metric.step for metric in run.data._metric_objs}
+        return RunLogger(self._client, run.info.run_id, self._storage.run(key), last_steps, monitor)
+
+    def statuses(self, keys: Iterable[str]) -> "dict[str, Status]":
+        """How each run stands, whichever study made it; ``missing`` if none did."""
+        return {key: status_of(self._find(key)) for key in keys}
+
+    def finished(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys whose run is finished, whichever study made it."""
+        return {key for key, status in self.statuses(keys).items() if status == "finished"}
+
+    def records(self, keys: Iterable[str], with_history: bool = True) -> "list[RunRecord]":
+        """One record per key, in order. ``with_history=False`` leaves out the curves, which cost a query per metric."""
+        found = {key: self._find(key) for key in keys}
+        return [
+            missing_record(key) if run is None else read_record(self._client, run, with_history)
+            for key, run in found.items()
+        ]
+
+    def reap(self, study: str | None = None) -> list[str]:
+        """Close, as killed, what dead processes left running, in one study or everywhere; returns the runs' names."""
+        filters = ["attributes.status = 'RUNNING'"] + ([_of_study(study)] if study else [])
+        closed = []
+        with store_lock(self._storage):
+            for run in self._search(" and ".join(filters)):
+                if _has_living_owner(run) or self._client.get_run(run.info.run_id).info.status != "RUNNING":
+                    continue  # the second look: it may have finished between the search and its end
+                owner = run.data.tags.get("hrs.owner", "unknown")
+                close_run(self._client, run.info.run_id, "killed", f"its process {owner} ended without a word")
+                closed.append(run.info.run_name)
+        return closed
+
+    # ---- the store ---------------------------------------------------------------------------------------------------
+
+    def _search(self, filter_string: str) -> Iterator["Run"]:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id], filter_string, order_by=["attributes.start_time ASC"], page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _find(self, key: str) -> "Run | None":
+        return next(self._search(f"tags.`hrs.run_key` = '{key}'"), None)
+
+    def _study(self, name: str) -> "Run | None":
+        return next(self._search(f"tags.`hrs.kind` = 'study' and {_of_study(name)}"), None)
+
+    def _require_study(self, name: str) -> "Run":
+        study = self._study(name)
+        if study is None:
+            raise HRSError(f"there is no study '{name}'; there are {', '.join(self.studies()) or 'none yet'}")
+        return study
+
+    def _planned(self, study: "Run") -> dict[str, dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            return json.loads(Path(self._client.download_artifacts(study.info.run_id, _RUNS_FILE, folder)).read_text())
+
+    def _create_run(
+        self, key: str, study_id: str, study: str, config: ExperimentConfig, data_fingerprint: str
+    ) -> "Run":
+        tags = {
+            "mlflow.parentRunId": study_id,
+            "hrs.kind": "trial",
+            "hrs.run_key": key,
+            "hrs.study": study,
+            "hrs.code_version": code_version(),
+            "hrs.data_fingerprint": data_fingerprint,
+            "preset": config.preset,
+            "scale": config.scale,
+            "seed": str(config.seed),
+        } | _git_commit()
+        name = f"{config.preset} {config.scale} seed {config.seed}"
+        run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+        self._client.log_dict(run.info.run_id, to_dict(config), "config.json")
+        return run
+
+    def _claim(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Make this process the owner of a run that is running from now on."""
+        from mlflow.entities import RunTag
+
+        tags = {"hrs.owner": this_process(), "hrs.outcome": "running", "hrs.reason": ""} | dict(tags)
+        self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
+        self._client.update_run(run_id, status="RUNNING")
+
+    def _log_params(self, run: "Run", config: ExperimentConfig) -> None:
+        """Log the parameters that the run does not have yet: MLflow refuses to write one again."""
+        from mlflow.entities import Param
+
+        params = [
+            Param(name, str(value)[:_PARAM_VALUE_CHARACTERS])
+            for name, value in flatten(config).items()
+            if name not in run.data.params
+        ]
+        for start in range(0, len(params), _PARAMS_PER_REQUEST):
+            self._client.log_batch(run.info.run_id, params=params[start : start + _PARAMS_PER_REQUEST])
+
+    def _start_monitor(self, run_id: str) -> Any:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self._storage.tracking_uri)
+        monitor.start()
+        return monitor
+
+
+def _of_study(name: str) -> str:
+    """The search filter for the runs of a study."""
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise HRSError(f"study name {name!r} must be at most 100 letters, digits, '_', '.', '+' or '-'")
+    return f"tags.`hrs.study` = '{name}'"
+
+
+def _has_living_owner(run: "Run", other_than_this: bool = False) -> bool:
+    owner = run.data.tags.get("hrs.owner")
+    if owner is None or (other_than_this and owner == this_process()):
+        return False
+    beat = run.data.tags.get("hrs.heartbeat")
+    return is_alive(owner, float(beat) if beat else None)
+
+
+@functools.cache
+def _git_commit() -> dict[str, str]:
+    """MLflow's tag for the commit of this checkout; empty outside of one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return {}
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit.stdout.strip()}
