@@ -1,0 +1,143 @@
+"""Parallel paths of unequal cost that a router mixes, token by token, in place of the MLP.
+
+All tiers are computed for all tokens: routing decides what a token gets, it saves no work.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrs.config import ModelConfig
+from hrs.nn.attention import Attention
+from hrs.nn.cache import TailCache
+from hrs.nn.router import Router
+
+# Every tier is called as tier(x, positions, cache); those without a memory take no notice of the last two.
+
+
+class ConvTier(nn.Module):
+    """Causal depthwise convolution, normalised; no mixing of channels and no nonlinearity."""
+
+    def __init__(self, d_model: int, kernel: int, *, dropout: float) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.conv = nn.Conv1d(d_model, d_model, kernel, groups=d_model, bias=False)
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def new_cache(self) -> TailCache:
+        return TailCache(self.kernel - 1)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: TailCache | None = None) -> Tensor:
+        joined = x if cache is None else cache.extend(x)
+        missing = self.kernel - 1 - (joined.shape[1] - x.shape[1])  # zeros stand in front of the sequence
+        mixed = self.conv(F.pad(joined.transpose(1, 2), (missing, 0))).transpose(1, 2)  # [B, n, d]
+        return self.dropout(self.norm(mixed))
+
+
+class ExpertTier(nn.Module):
+    """Top-1 mixture of small experts (Fedus et al. 2022), weighted by the chosen expert's probability.
+
+    All experts are computed and the hidden units of those not chosen set to zero, so the shapes do not depend on the
+    routing: a token's result cannot depend on the others in its batch, and nothing waits for the device.
+    """
+
+    def __init__(
+        self, d_model: int, n_experts: int, expert_hidden: int, *, dropout: float, renormalise_gate: bool
+    ) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.renormalise_gate = renormalise_gate
+        self.gate = nn.Linear(d_model, n_experts, bias=False)
+        self.hidden = nn.Linear(d_model, n_experts * expert_hidden, bias=False)
+        self.output = nn.Linear(n_experts * expert_hidden, d_model, bias=False)
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def new_cache(self) -> None:
+        return None
+
+    def forward(self, x: Tensor, positions: Tensor, cache: None = None) -> Tensor:
+        weight, chosen = self.gate(x).softmax(dim=-1).max(dim=-1, keepdim=True)  # [B, T, 1]
+        if self.renormalise_gate:
+            weight = weight / (weight + 1e-8)
+        is_chosen = F.one_hot(chosen.squeeze(-1), self.n_experts).to(x.dtype)  # [B, T, n_experts]
+        hidden = F.gelu(self.hidden(x)).unflatten(-1, (self.n_experts, -1)) * is_chosen.unsqueeze(-1)
+        # The weight comes after the norm: in front of it, scale has no effect and the gate would not learn.
+        return self.dropout(weight * self.norm(self.output(hidden.flatten(-2))))
+
+
+class SinkTier(nn.Module):
+    """Passes the token on, scaled down; optionally shrinks the residual stream by the share routed here."""
+
+    def __init__(self, *, rescale: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.kappa = nn.Parameter(torch.tensor(0.1)) if rescale else None
+
+    def new_cache(self) -> None:
+        return None
+
+    def forward(self, x: Tensor, positions: Tensor, cache: None = None) -> Tensor:
+        return self.scale.abs() * x
+
+    def rescale(self, residual: Tensor, share: Tensor) -> Tensor:
+        """Residual [B, T, d] times 1 - share * (1 - abs(kappa)), share [B, T, 1]."""
+        return residual if self.kappa is None else residual * (1 - share * (1 - self.kappa.abs()))
+
+
+@dataclass(slots=True)
+class TiersCache:
+    """What the router and those tiers that look back remember."""
+
+    router: TailCache
+    tiers: dict[str, Any]
+
+
+class RoutedTiers(nn.Module):
+    """The router and its tiers: residual stream + gate * sum_k weight_k * tier_k, then the sink's rescaling."""
+
+    def __init__(self, config: ModelConfig, n_positions: int) -> None:
+        super().__init__()
+        tiers, d, dropout = config.tiers, config.d_model, config.dropout
+        make = {
+            "conv": lambda: ConvTier(d, tiers.conv_kernel, dropout=dropout),
+            "expert": lambda: ExpertTier(
+                d, tiers.n_experts, tiers.expert_hidden, dropout=dropout, renormalise_gate=tiers.renormalise_gate
+            ),
+            "attention": lambda: Attention(
+                d, config.n_heads, dropout=dropout, n_positions=n_positions, rope_base=config.rope_base
+            ),
+            "sink": lambda: SinkTier(rescale=tiers.sink_rescale),
+        }
+        self.tiers = nn.ModuleDict({name: make[name]() for name in tiers.names})
+        self.router = Router(config.router, d, len(tiers.names), n_positions)
+        self.output_gate = nn.Parameter(torch.full((d,), 0.1))
+        self.sink_index = tiers.names.index("sink") if "sink" in tiers.names else None
+
+    def new_cache(self) -> TiersCache:
+        return TiersCache(
+            self.router.new_cache(),
+            {name: tier.new_cache() for name, tier in self.tiers.items()},  # type: ignore[operator]
+        )
+
+    def forward(
+        self, residual: Tensor, x: Tensor, positions: Tensor, cache: TiersCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Update the residual stream [B, n, d] from its normalised copy ``x``.
+
+        Returns:
+            The new residual stream and the routing weights [B, n, n_tiers].
+        """
+        routing = self.router(x, None if cache is None else cache.router)
+        weights = routing.to(residual.dtype).unsqueeze(-1).unbind(dim=-2)  # n_tiers of [B, n, 1]
+        mixed = torch.zeros_like(residual)
+        for weight, (name, tier) in zip(weights, self.tiers.items(), strict=True):
+            mixed = mixed + weight * tier(x, positions, None if cache is None else cache.tiers[name])
+        residual = residual + self.output_gate * mixed
+        if self.sink_index is not None:
+            residual = self.tiers["sink"].rescale(residual, weights[self.sink_index])  # type: ignore[operator]
+        return residual, routing
