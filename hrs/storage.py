@@ -1,9 +1,9 @@
 """Where everything that must survive lives: one absolute folder, never the working directory of a job.
 
-    <root>/mlflow/        mlflow.db and artifacts/ of the default tracking store
-    <root>/tokens/<key>/  token stores, one per (corpus, tokenizer, code)
-    <root>/runs/<key>/    checkpoints and results of one run
-    <root>/studies/<name>/report/
+<root>/mlflow/        mlflow.db and artifacts/ of the default tracking store
+<root>/tokens/<key>/  token stores, one per (corpus, tokenizer, code)
+<root>/runs/<key>/    checkpoints and results of one run
+<root>/studies/<name>/report/
 """
 
 import os
@@ -55,11 +55,14 @@ def open_storage(root: str | Path | None = None) -> Storage:
     Raises:
         HRSError: if the folder cannot be created or written to.
     """
-    path = Path(root or os.environ.get("HRS_STORAGE") or Path.home() / ".local" / "share" / "hrs").expanduser().resolve()
+    chosen = root or os.environ.get("HRS_STORAGE") or Path.home() / ".local" / "share" / "hrs"
+    path = Path(chosen).expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HRSError(f"storage {path} cannot be created ({error.strerror}): set HRS_STORAGE to a writable folder") from error
+        raise HRSError(
+            f"storage {path} cannot be created ({error.strerror}): set HRS_STORAGE to a writable folder"
+        ) from error
     if not os.access(path, os.W_OK):
         raise HRSError(f"storage {path} is not writable: set HRS_STORAGE to a writable folder")
     return Storage(path)

@@ -13,7 +13,7 @@ class DataConfig:
     """Which text, cut into which tokens."""
 
     corpus: str = "wiki-mini"
-    """``wiki-mini``, ``bbc``, ``wikitext-103``, ``hf:NAME[:CONFIG]``, ``text:PATH``, ``jsonl:PATH``, ``parquet:PATH``."""
+    """``wiki-mini``, ``bbc``, ``wikitext-103``, ``hf:NAME[:CONFIG]``, ``text:``, ``jsonl:`` or ``parquet:PATH``."""
     tokenizer: str = "gpt2"
     """``gpt2`` or ``bpe:N`` (byte-level BPE of N ids, trained on the training split)."""
 

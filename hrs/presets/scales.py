@@ -6,12 +6,13 @@ from typing import Any
 from hrs.errors import HRSError
 
 SCALES: dict[str, Mapping[str, Any]] = {
-    # A test: seconds.
+    # A test: seconds. Here and at tiny a run sees no token twice, so dropout would only cost time.
     "micro": {
         "model.d_model": 32,
         "model.n_heads": 2,
         "model.d_ff": 64,
         "model.max_seq_len": 64,
+        "model.dropout": 0.0,
         "model.router.hidden": 8,
         "model.tiers.expert_hidden": 16,
         "model.engram.window": 16,
@@ -19,6 +20,7 @@ SCALES: dict[str, Mapping[str, Any]] = {
         "training.steps": 20,
         "training.batch_sequences": 4,
         "training.validations": 2,
+        "training.validation_windows": 64,
         "training.schedule.peak_lr": 3e-3,
         "training.schedule.warmup_frac": 0.1,
     },
@@ -28,6 +30,7 @@ SCALES: dict[str, Mapping[str, Any]] = {
         "model.n_heads": 4,
         "model.d_ff": 512,
         "model.max_seq_len": 128,
+        "model.dropout": 0.0,
         "model.router.hidden": 16,
         "model.tiers.expert_hidden": 64,
         "model.engram.window": 32,
@@ -35,6 +38,7 @@ SCALES: dict[str, Mapping[str, Any]] = {
         "training.steps": 400,
         "training.batch_sequences": 8,
         "training.validations": 5,
+        "training.validation_windows": 128,
         "training.schedule.peak_lr": 3e-3,
         "training.schedule.warmup_frac": 0.05,
     },
@@ -50,6 +54,7 @@ SCALES: dict[str, Mapping[str, Any]] = {
         "data.tokenizer": "bpe:8192",
         "training.steps": 10_000,
         "training.batch_sequences": 32,
+        "training.validation_windows": 256,
         "training.schedule.peak_lr": 1e-3,
     },
     # The original's setting: the dataclass defaults, on a 16 GB card.

@@ -1,0 +1,12 @@
+"""Training of any language model: resumable to the bit, blind to how the machine cuts a batch.
+
+for progress in train(config, store, directory):
+    print(progress.step, progress.loss)
+model, config = load_model(directory)
+"""
+
+from hrs.training.checkpoint import latest_checkpoint, load_model
+from hrs.training.loop import Progress, TrainingSummary, train
+from hrs.training.runtime import Runtime
+
+__all__ = ["Progress", "Runtime", "TrainingSummary", "latest_checkpoint", "load_model", "train"]

@@ -1,0 +1,216 @@
+"""Checkpoints that survive SIGKILL at any moment, and are refused when they are not whole.
+
+    <run>/checkpoints/step_00000050/weights.safetensors     the model's state_dict
+                                    trainer.safetensors     AdamW moments by parameter name, RNG states
+                                    state.json              format, config, counters, SHA-256 of everything
+
+Written to a hidden folder, synced to disk, then renamed: a folder ``step_*`` is complete or was damaged later, which
+the checksums tell. No pickle, so a checkpoint can be shared without trust.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hrs.config import ExperimentConfig, from_dict, to_dict
+from hrs.errors import HRSError
+from hrs.models import LanguageModel, build_model
+from hrs.training.randomness import get_rng, set_rng
+
+FORMAT = 1
+KEEP = 2
+WEIGHTS, TRAINER, STATE = "weights.safetensors", "trainer.safetensors", "state.json"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint read back and verified; tensors on the CPU."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+    """``moments/<kind>/<parameter>`` and ``rng/<device type>``."""
+    state: dict[str, Any]
+    """``step``, ``config``, ``data`` and the counters the loop keeps."""
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], device: torch.device
+) -> Path:
+    """Write ``directory/checkpoints/step_%08d`` for ``state["step"]`` and keep the last two.
+
+    Raises:
+        HRSError: if the disk refuses; checkpoints written before stay as they are.
+    """
+    parent = directory / "checkpoints"
+    final = parent / f"step_{state['step']:08d}"
+    partial = parent / f".{final.name}.partial"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(".step_*"):  # of a process that was killed while writing
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, partial / WEIGHTS)
+        rng = {f"rng/{kind}": state for kind, state in get_rng(device).items()}
+        save_file(_moments(model, optimizer) | rng, partial / TRAINER)
+        sums = {name: _sha256_file(partial / name) for name in (WEIGHTS, TRAINER)}
+        sums["state"] = _sha256_json(state)
+        document = {"format": FORMAT, "state": dict(state), "sha256": sums}
+        (partial / STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        for path in (partial / WEIGHTS, partial / TRAINER, partial / STATE, partial):
+            _sync(path)
+        if final.exists():  # a damaged one that was passed over; rename cannot replace a folder that is not empty
+            os.replace(final, parent / f".{final.name}.damaged")
+        os.replace(partial, final)
+        _sync(parent)
+        for old in [*_steps(directory)[:-KEEP], *parent.glob(".step_*")]:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise HRSError(f"checkpoint {final} could not be written ({error}): make room, then run again") from error
+    return final
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW state by parameter name. Parameters that have only rested have none."""
+    return {
+        f"moments/{kind}/{name}": optimizer.state[parameter][kind].detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for kind in _MOMENTS
+    }
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, to the disk: rename alone does not order them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint of a run directory, unverified; None if there is none."""
+    return _steps(Path(directory))[-1] if _steps(Path(directory)) else None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint directory.
+
+    Raises:
+        HRSError: if it is missing, incomplete, damaged, or of a newer format.
+    """
+    try:
+        document = json.loads((path / STATE).read_text(encoding="utf-8"))
+        written, state, sums = document["format"], document["state"], document["sha256"]
+    except OSError as error:
+        raise HRSError(f"{path} is not a checkpoint: {STATE} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise HRSError(f"checkpoint {path} is damaged: {STATE} is not what was written") from error
+    if written != FORMAT:
+        raise HRSError(f"checkpoint {path} has format {written} and this version of hrs reads {FORMAT}: update hrs")
+    if sums.get("state") != _sha256_json(state):
+        raise HRSError(f"checkpoint {path} is damaged: {STATE} is not what was written")
+    for name in (WEIGHTS, TRAINER):
+        if not (path / name).is_file() or _sha256_file(path / name) != sums.get(name):
+            raise HRSError(f"checkpoint {path} is damaged: {name} is missing or not what was written")
+    return Checkpoint(path, load_file(path / WEIGHTS), load_file(path / TRAINER), state)
+
+
+def read_latest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read; a damaged one is passed over with a warning. None if there is none.
+
+    Raises:
+        HRSError: if there are checkpoints and none can be read: starting over silently would lose work unseen.
+    """
+    steps = _steps(directory)
+    for path in reversed(steps):
+        try:
+            return read_checkpoint(path)
+        except HRSError as error:
+            _log.warning("%s; trying the one before", error)
+    if steps:
+        raise HRSError(f"no checkpoint in {directory / 'checkpoints'} can be read: delete that folder to start over")
+    return None
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Put weights, moments and random states back, exactly."""
+    _load_weights(checkpoint, model)
+    for name, parameter in model.named_parameters():
+        kinds = {kind: checkpoint.trainer.get(f"moments/{kind}/{name}") for kind in _MOMENTS}
+        if kinds["step"] is not None:
+            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in kinds.items() if v is not None}
+    set_rng({k.removeprefix("rng/"): v for k, v in checkpoint.trainer.items() if k.startswith("rng/")}, device)
+
+
+def load_model(checkpoint: Path) -> tuple[LanguageModel, ExperimentConfig]:
+    """The model of a run directory (its last checkpoint) or of one checkpoint directory: on the CPU, in eval mode.
+
+    Raises:
+        HRSError: if there is no checkpoint, or it is damaged or does not belong to this version of the model.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise HRSError(f"{path} does not exist: give a run directory or one of its checkpoints")
+    if not (path / STATE).exists():
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise HRSError(f"{path} holds no checkpoint: train the run first, or give another directory")
+        path = latest
+    read = read_checkpoint(path)
+    config: ExperimentConfig = from_dict(ExperimentConfig, read.state["config"])
+    with torch.random.fork_rng(devices=[]):  # initialisation must not move the caller's generator
+        model = build_model(config.model)
+    _load_weights(read, model)
+    return model.eval(), config
+
+
+def _load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        raise HRSError(
+            f"checkpoint {checkpoint.path} has other parameters than this version's model: "
+            "use the version of hrs that trained it, or train again"
+        ) from error
+
+
+def _steps(directory: Path) -> list[Path]:
+    """Checkpoint directories, oldest first."""
+    return sorted((directory / "checkpoints").glob("step_" + "[0-9]" * 8))
+
+
+def _sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_json(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def config_as_json(config: ExperimentConfig) -> dict[str, Any]:
+    """The config as it comes back from JSON: tuples are lists, so that it compares equal after reading."""
+    return json.loads(json.dumps(to_dict(config)))

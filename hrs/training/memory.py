@@ -1,0 +1,185 @@
+"""How much memory a training step will take, before it is run; and the largest micro-batch that fits a card.
+
+The step is traced on fake tensors: shapes and lifetimes are those of the real code, no number is computed. For a CUDA
+device :class:`hrs.training.memory_imitation.ImitateCuda` makes the fake tensors cost what the card's kernels would keep
+(fused attention, byte masks of dropout, CUDA's autocast rules); storages are rounded up to the caching allocator's
+blocks, and :data:`CUDA_OVERHEAD_BYTES` is added for everything that allocator does not hand out. Fragmentation is not
+predicted. For the CPU the trace is exact up to the scratch space inside kernels.
+
+Every parameter is taken to learn: phases in which some rest only make a step smaller. A compiled step is predicted as
+an eager one.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hrs.config import ExperimentConfig, ModelConfig, TrainingConfig
+from hrs.errors import HRSError
+from hrs.training.memory_step import training_step_peak
+from hrs.training.memory_trace import StorageCounter
+from hrs.training.runtime import Runtime
+
+CUDA_OVERHEAD_BYTES = 640 * 2**20
+"""Room for the CUDA context with its loaded kernels (several hundred MiB, by driver and card), cuBLAS workspaces (at
+most 32 MiB per stream) and half-used segments of the caching allocator. An allowance, not a prediction."""
+
+CUDA_BLOCK_BYTES = 512
+"""The caching allocator rounds every request up to a multiple of this."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """Bytes at the highest point of one training step; ``peak_bytes`` is the sum of the others."""
+
+    peak_bytes: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """Everything else that a tensor holds: activations, inputs, temporaries of the backward pass."""
+    overhead_bytes: int
+    """The card's own; 0 on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """How one effective batch is cut so that it fits: ``micro_batch * accumulation`` windows per step."""
+
+    micro_batch: int
+    accumulation: int
+    peak_bytes: int
+
+
+def estimate_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> MemoryEstimate:
+    """The highest memory use of one training step of ``config`` at ``micro_batch`` windows per forward pass.
+
+    A CUDA device need not be there: ``Runtime(device="cuda")`` plans for a card from a machine without one.
+
+    Raises:
+        HRSError: if ``micro_batch`` does not divide the effective batch.
+    """
+    batch = config.training.batch_sequences
+    if micro_batch < 1 or batch % micro_batch:
+        raise HRSError(f"micro_batch {micro_batch} must divide training.batch_sequences {batch}")
+    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and torch.cuda.is_available())
+    precision = config.training.precision
+    bf16 = precision == "bf16" or (precision == "auto" and on_cuda)
+    # Only what shapes a step is left in the key, so that a whole study shares its traces.
+    training = TrainingConfig(
+        precision="bf16" if bf16 else "fp32",
+        label_smoothing=config.training.label_smoothing,
+        optimizer=config.training.optimizer,
+    )
+    n_micro_batches = min(2, batch // micro_batch)
+    return _trace(config.model, training, micro_batch, n_micro_batches, on_cuda, runtime.activation_checkpointing)
+
+
+def predict_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> int:
+    """Bytes a device must have for one training step of ``config``; see :func:`estimate_peak`."""
+    return estimate_peak(config, micro_batch, runtime).peak_bytes
+
+
+@cache
+def _trace(
+    model_config: ModelConfig,
+    training: TrainingConfig,
+    micro_batch: int,
+    n_micro_batches: int,
+    on_cuda: bool,
+    activation_checkpointing: bool,
+) -> MemoryEstimate:
+    counter = StorageCounter(block_bytes=CUDA_BLOCK_BYTES if on_cuda else 1)
+    with FakeTensorMode(), counter:
+        top = training_step_peak(
+            counter,
+            model_config,
+            training,
+            micro_batch,
+            n_micro_batches,
+            activation_checkpointing=activation_checkpointing,
+            imitate_cuda=on_cuda,
+        )
+    overhead_bytes = CUDA_OVERHEAD_BYTES if on_cuda else 0
+    return MemoryEstimate(
+        peak_bytes=top.bytes + overhead_bytes,
+        parameter_bytes=top.by_category["parameters"],
+        gradient_bytes=top.by_category["gradients"],
+        optimizer_bytes=top.by_category["optimizer"],
+        activation_bytes=top.by_category["activations"],
+        overhead_bytes=overhead_bytes,
+    )
+
+
+def fit_micro_batch(config: ExperimentConfig, limit_bytes: int, runtime: Runtime) -> MemoryPlan:
+    """The largest divisor of the effective batch whose step fits ``limit_bytes``.
+
+    Raises:
+        HRSError: if not even one window at a time fits.
+    """
+    batch = config.training.batch_sequences
+    # The undivided batch is apart: its gradients need not outlive a micro-batch, so it may fit where its half does not.
+    if (peak_bytes := predict_peak(config, batch, runtime)) <= limit_bytes:
+        return MemoryPlan(micro_batch=batch, accumulation=1, peak_bytes=peak_bytes)
+    divisors = [n for n in range(1, batch) if batch % n == 0]
+    low, high = 0, len(divisors)  # divisors[:low] fit, divisors[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        if predict_peak(config, divisors[middle], runtime) <= limit_bytes:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        raise HRSError(_too_large(config, limit_bytes, runtime))
+    fitting = divisors[low - 1]
+    peak_bytes = predict_peak(config, fitting, runtime)
+    return MemoryPlan(micro_batch=fitting, accumulation=batch // fitting, peak_bytes=peak_bytes)
+
+
+def _too_large(config: ExperimentConfig, limit_bytes: int, runtime: Runtime) -> str:
+    needed = predict_peak(config, 1, runtime) / GIB
+    fact = (
+        f"{config.preset} at scale {config.scale} needs {needed:.2f} GiB at micro-batch 1 "
+        f"and the card has {limit_bytes / GIB:.2f} GiB"
+    )
+    if runtime.activation_checkpointing:
+        return f"{fact}: choose a smaller scale"
+    checkpointed = predict_peak(config, 1, replace(runtime, activation_checkpointing=True))
+    if checkpointed > limit_bytes:
+        return (
+            f"{fact}: choose a smaller scale (activation checkpointing would still need {checkpointed / GIB:.2f} GiB)"
+        )
+    return (
+        f"{fact}: choose a smaller scale, or turn on activation checkpointing (would need {checkpointed / GIB:.2f} GiB)"
+    )
+
+
+def card_fraction(peak_bytes: int, card_bytes: int) -> float:
+    """The share of a card to reserve for a trial, in hundredths: rounded up, so shares that sum to 1 fit; at most 1."""
+    hundredths = -(-100 * peak_bytes // card_bytes)
+    return min(max(hundredths, 1), 100) / 100
+
+
+class AllocatorLimit(StorageCounter):
+    """Context manager that gives the CPU a memory limit: an operator that goes beyond it raises torch.OutOfMemoryError.
+
+    Counts the tensors that operators touch inside it, in forward, backward and optimiser, so that handling of
+    out-of-memory errors can be tested without a card.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes=limit_bytes)
+
+
+def cap_process_memory(card_frac: float, device: torch.device) -> None:
+    """Keep this process to its share of a card; what goes beyond raises torch.OutOfMemoryError.
+
+    Only PyTorch's allocator can be capped. The CUDA context and libraries allocate outside of it, so
+    :data:`CUDA_OVERHEAD_BYTES` of the share are left to them.
+    """
+    card_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(card_frac - CUDA_OVERHEAD_BYTES / card_bytes, 1.0), device)

@@ -1,0 +1,60 @@
+"""Validation loss during training: the same windows for every model, and no trace left in the run's random state."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrs.config import ExperimentConfig
+from hrs.data import TokenSplit
+from hrs.data.windows import evaluation_windows
+from hrs.models import LanguageModel
+from hrs.training.loss import cross_entropy
+from hrs.training.randomness import get_rng, set_rng
+from hrs.training.runtime import autocast
+
+_NOT_SCORED = -100
+"""The target that cross-entropy ignores."""
+
+
+class Validation:
+    """Mean cross-entropy in nats per token over a split, or over windows spread evenly through it.
+
+    Windows do not overlap, so early positions have little context: comparable between steps and models, but higher
+    than the final evaluation.
+    """
+
+    def __init__(self, split: TokenSplit, config: ExperimentConfig) -> None:
+        window = config.model.max_seq_len
+        windows = list(evaluation_windows(len(split), window, window))
+        wanted = config.training.validation_windows
+        if 0 < wanted < len(windows):
+            windows = [windows[i * len(windows) // wanted] for i in range(wanted)]
+        self._tokens = split.tokens
+        self._windows = windows
+        self._length = min(window + 1, len(split))
+        self._precision = config.training.precision
+
+    @torch.no_grad()
+    def loss(self, model: LanguageModel, device: torch.device, batch: int) -> float:
+        """Nats per token, ``batch`` windows at a time. Leaves ``model`` in training mode."""
+        rng = get_rng(device)
+        model.eval()
+        nats, scored = 0.0, 0
+        for first in range(0, len(self._windows), batch):
+            tokens, targets = self._read(self._windows[first : first + batch])
+            with autocast(self._precision, device):
+                hidden = model.encode(tokens.to(device)).hidden
+                mean = cross_entropy(model.unembed, hidden, targets.to(device), vocab_size=model.vocab_size)
+            nats += mean.item() * targets.numel()  # ignored targets add nothing, but are in the mean's denominator
+            scored += int((targets != _NOT_SCORED).sum())
+        model.train()
+        set_rng(rng, device)
+        return nats / scored
+
+    def _read(self, windows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [len(windows), T]; targets that an earlier window scores are marked."""
+        positions = np.array([start for start, _ in windows])[:, None] + np.arange(self._length)  # [B, T + 1]
+        tokens = self._tokens[positions].astype(np.int64)
+        targets = tokens[:, 1:].copy()
+        targets[positions[:, 1:] < np.array([scored for _, scored in windows])[:, None]] = _NOT_SCORED
+        return torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets)
