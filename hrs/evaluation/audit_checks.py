@@ -1,0 +1,213 @@
+"""The checks of the causality audit. Each takes a :class:`Probe` and returns one :class:`AuditTest`.
+
+All run in float64. Where two passes have equal shapes, the same sums are taken in the same order and an honest model
+agrees with itself to the last bit, so equality is exact: a tolerance of 1e-4 has let real leaks through. Where shapes
+differ, matrix products may sum in another order, and the bound is relative to the largest logit.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hrs.evaluation.audit_culprit import Culprit, Region, find_culprit
+from hrs.evaluation.audit_probe import (
+    AuditTest,
+    Pass,
+    Probe,
+    logits_of,
+    magnified,
+    moved_positions,
+    training_logits,
+)
+from hrs.models.base import LanguageModel
+
+MAGNIFICATIONS = (1, 10, 100)
+"""Weights are multiplied by these: a leak behind a small gate grows into view."""
+PREFIX_BOUND = 1e-12
+"""Largest logit difference between passes of different length, relative to the largest logit."""
+DECODE_BOUND = 1e-9
+"""The same for cached decoding, which may order its sums and rotations otherwise."""
+
+
+def repeatability(probe: Probe) -> AuditTest:
+    """The same tokens twice give bit-identical logits: otherwise every other failure may be noise or kept state."""
+    first, second = logits_of(probe.model, probe.tokens), logits_of(probe.model, probe.tokens)
+    positions = moved_positions(first, second)
+    detail = f"Two passes over the same tokens {'differ' if positions else 'are bit-identical'}."
+    return AuditTest(name="repeatability", passed=not positions, detail=detail, positions=positions)
+
+
+def suffix_flip(probe: Probe) -> AuditTest:
+    """Logits before a changed suffix are bit-identical, with weights as they are and magnified."""
+    return _suffix_flip("suffix_flip", probe, lambda cut: logits_of)
+
+
+def suffix_flip_training(probe: Probe) -> AuditTest:
+    """The same under training mode's own mathematics, dropout off, the noise equal in both passes.
+
+    Every cut has a seed of its own: a model may drop the leaking part at random.
+    """
+    passes = {cut: training_logits(probe.seed + cut) for cut in probe.few_cuts}
+    return _suffix_flip("suffix_flip_training", replace(probe, frugal=True), passes.__getitem__)
+
+
+def _suffix_flip(name: str, probe: Probe, pass_of: Callable[[int], Pass]) -> AuditTest:
+    overflowed = []
+    for factor in MAGNIFICATIONS:
+        model = magnified(probe.model, factor, probe.seed)
+        bases: dict[Pass, Tensor] = {}
+        moved: dict[int, tuple[int, ...]] = {}
+        largest = 0.0
+        for cut in probe.cuts if factor == 1 else probe.few_cuts:
+            run = pass_of(cut)
+            if run not in bases:
+                bases = {run: run(model, probe.tokens)}  # one at a time: logits are large
+            base, flipped = bases[run][:, :cut], run(model, probe.flipped(cut))[:, :cut]
+            if not (base.isfinite().all() and flipped.isfinite().all()):
+                # Overflow of the weights as they are is a defect; of a hundredfold of them, only the end of the scale.
+                if factor == 1:
+                    return AuditTest(name=name, passed=False, detail="The logits are not finite.")
+                overflowed.append(factor)
+                break
+            if positions := moved_positions(base, flipped):
+                moved[cut] = positions
+                largest = max(largest, float((base - flipped).abs().max()))
+        if moved:
+            cut = max(moved, key=lambda c: len(moved[c]))
+            culprit = find_culprit(model, pass_of(cut), probe.tokens, probe.flipped(cut), _region(probe, positions=cut))
+            detail = (
+                f"Changing the tokens from position {cut} on moves {len(moved[cut])} of {cut} earlier positions, "
+                f"logits by up to {largest:.1e}, with weights x{factor}{_carrier(culprit)}."
+            )
+            positions = tuple(sorted(set().union(*moved.values())))
+            return AuditTest(name=name, passed=False, detail=detail, positions=positions, module=_module(culprit))
+    tried = ", ".join(f"x{f}" for f in MAGNIFICATIONS if f not in overflowed)
+    skipped = f"; skipped {', '.join(f'x{f}' for f in overflowed)}, where logits overflow" if overflowed else ""
+    detail = f"{len(probe.cuts)} changed suffixes leave all earlier logits bit-identical, weights {tried}{skipped}."
+    return AuditTest(name=name, passed=True, detail=detail)
+
+
+def batch_independence(probe: Probe) -> AuditTest:
+    """A row's logits are bit-identical whatever the other row holds."""
+    n_tokens = probe.tokens.shape[1]
+    other = torch.stack([probe.tokens[0], probe.changed[1]])
+    for factor in MAGNIFICATIONS[:2]:
+        model = magnified(probe.model, factor, probe.seed)
+        base, changed = logits_of(model, probe.tokens), logits_of(model, other)
+        if factor > 1 and not (base.isfinite().all() and changed.isfinite().all()):
+            continue
+        if positions := moved_positions(base[:1], changed[:1]):
+            culprit = find_culprit(model, logits_of, probe.tokens, other, _region(probe, rows=1))
+            detail = (
+                f"Changing the other row of the batch moves {len(positions)} of {n_tokens} positions, "
+                f"with weights x{factor}{_carrier(culprit)}."
+            )
+            module = _module(culprit)
+            return AuditTest(name="batch_independence", passed=False, detail=detail, positions=positions, module=module)
+    detail = "Changing the other row of the batch leaves a row bit-identical."
+    return AuditTest(name="batch_independence", passed=True, detail=detail)
+
+
+def prefix_consistency(probe: Probe) -> AuditTest:
+    """A prefix alone gives the logits it gives inside the whole, within :data:`PREFIX_BOUND`.
+
+    Only with weights as they are: magnified ones saturate the softmaxes, and rounding then decides ties.
+    """
+    whole = logits_of(probe.model, probe.tokens)
+    scale = float(whole.abs().max()) or 1.0
+    worst = 0.0
+    moved: set[int] = set()
+    for cut in probe.cuts:
+        prefix = logits_of(probe.model, probe.tokens[:, :cut])
+        moved.update(moved_positions(prefix, whole[:, :cut], PREFIX_BOUND * scale))
+        worst = max(worst, float((prefix - whole[:, :cut]).abs().max()) / scale)
+    detail = (
+        f"{len(probe.cuts)} prefixes alone give logits within {worst:.1e} of the whole, relative to the largest; "
+        f"{PREFIX_BOUND:.0e} is allowed."
+    )
+    return AuditTest(name="prefix_consistency", passed=not moved, detail=detail, positions=tuple(sorted(moved)))
+
+
+def gradient(probe: Probe) -> AuditTest:
+    """No logit has a gradient, exactly, with respect to the embedding of a later token."""
+    embeddings: list[Tensor] = []
+
+    def capture(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    handle = probe.model.input_embedding.register_forward_hook(capture)
+    with torch.enable_grad():
+        logits = probe.model(probe.tokens).logits
+    handle.remove()
+    if not embeddings:
+        detail = "The model did not call its input_embedding, so nothing can be said about gradients."
+        return AuditTest(name="gradient", passed=False, detail=detail)
+    seen: dict[int, list[int]] = {}
+    for cut in probe.few_cuts if logits.requires_grad else []:
+        # Random weights, because a sum over the vocabulary can cancel.
+        cotangent = torch.randn(logits[:, :cut].shape, generator=torch.Generator().manual_seed(cut), dtype=logits.dtype)
+        gradients = torch.autograd.grad(
+            logits[:, :cut], embeddings, cotangent.to(logits.device), retain_graph=True, allow_unused=True
+        )
+        for g in gradients:
+            if g is not None and (later := (~(g[:, cut:] == 0)).any(-1).any(0).nonzero().flatten().tolist()):
+                seen[cut] = [cut + i for i in later]
+    if not seen:
+        cuts = ", ".join(map(str, probe.few_cuts))
+        detail = f"Logits before positions {cuts} have exactly no gradient from the embeddings at or after them."
+        return AuditTest(name="gradient", passed=True, detail=detail)
+    cut = max(seen, key=lambda c: len(seen[c]))
+    detail = f"Logits before position {cut} have a gradient from {len(seen[cut])} embeddings at or after it."
+    return AuditTest(name="gradient", passed=False, detail=detail, positions=tuple(sorted(set().union(*seen.values()))))
+
+
+def cached_decode(probe: Probe) -> AuditTest:
+    """Decoding with a cache, by single tokens and by uneven chunks, gives the logits of the whole pass."""
+    whole = logits_of(probe.model, probe.tokens)
+    scale = float(whole.abs().max()) or 1.0
+    n_tokens = whole.shape[1]
+    worst = 0.0
+    moved: set[int] = set()
+    for size in (1, max(2, n_tokens // 5 + 1)):
+        try:
+            decoded = _decode(probe.model, probe.tokens, size)
+        except Exception as error:  # whatever it is, decoding does not work, and the other checks still have to run
+            detail = f"Decoding by chunks of {size} raises {type(error).__name__}: {error}"
+            return AuditTest(name="cached_decode", passed=False, detail=detail)
+        moved.update(moved_positions(decoded, whole, DECODE_BOUND * scale))
+        worst = max(worst, float((decoded - whole).abs().max()) / scale)
+    detail = (
+        f"Decoding with a cache gives logits within {worst:.1e} of the whole pass, relative to the largest; "
+        f"{DECODE_BOUND:.0e} is allowed."
+    )
+    return AuditTest(name="cached_decode", passed=not moved, detail=detail, positions=tuple(sorted(moved)))
+
+
+@torch.no_grad()
+def _decode(model: LanguageModel, tokens: Tensor, size: int) -> Tensor:
+    cache = model.new_cache(tokens.shape[0])
+    decoded = []
+    for chunk in tokens.split(size, dim=1):
+        logits = model.decode(chunk, cache).logits
+        assert logits is not None and logits.shape[:2] == chunk.shape, "decode must give logits for each of its tokens"
+        decoded.append(logits)
+    return torch.cat(decoded, dim=1)
+
+
+def _region(probe: Probe, *, rows: int = 2, positions: int | None = None) -> Region:
+    n_tokens = probe.tokens.shape[1]
+    protected = n_tokens if positions is None else positions
+    return Region(n_rows=2, n_positions=n_tokens, protected_rows=rows, protected_positions=protected)
+
+
+def _carrier(culprit: Culprit | None) -> str:
+    if culprit is None or culprit.carrier is None:
+        return ""
+    return f", carried by {culprit.carrier}" + (f", which {culprit.producer} made" if culprit.producer else "")
+
+
+def _module(culprit: Culprit | None) -> str | None:
+    return culprit.module if culprit else None

@@ -1,0 +1,154 @@
+"""Loss over a whole split: every token scored exactly once, in float32, summed in float64.
+
+The same call for every model and every split::
+
+    evaluation = evaluate(model, store)
+    print(evaluation.metrics())
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from hrs.data.store import TokenSplit, TokenStore
+from hrs.data.windows import evaluation_windows
+from hrs.errors import HRSError
+from hrs.evaluation.diagnostics import block_outputs, effective_rank, flops_per_token
+from hrs.evaluation.result import Evaluation
+from hrs.models.base import LanguageModel
+
+RANK_ROWS = 4096
+"""States per block, at most, of which the effective rank is taken."""
+_LOGITS_AT_ONCE = 2**24
+
+
+def evaluate(
+    model: LanguageModel,
+    store: TokenStore,
+    split: str = "validation",
+    *,
+    stride_frac: float = 0.5,
+    batch_windows: int = 16,
+) -> Evaluation:
+    """Score a split with overlapping windows of the model's full context, on the model's device and in its precision.
+
+    Args:
+        stride_frac: step between windows over ``max_seq_len``; each target but the first has at least
+            ``1 - stride_frac`` of the context before it, or all the text there is.
+        batch_windows: windows per pass. Changes speed and memory, and results only by rounding.
+
+    Raises:
+        HRSError: if the store has ids that the model lacks, the split is empty, or the loss is not finite.
+    """
+    if store.vocab_size > model.vocab_size:
+        raise HRSError(
+            f"the token store has {store.vocab_size} ids and the model only {model.vocab_size}: "
+            "evaluate with the data the model was trained on"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        return _evaluate(model, store, split, stride_frac, batch_windows)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _evaluate(
+    model: LanguageModel, store: TokenStore, split: str, stride_frac: float, batch_windows: int
+) -> Evaluation:
+    text = store.split(split)
+    n_targets = len(text) - 1
+    device = next(model.parameters()).device
+    stride = max(1, round(stride_frac * model.max_seq_len))
+    windows = np.array(list(evaluation_windows(len(text), model.max_seq_len, stride)), dtype=np.int64)  # [N, 2]
+    length = min(model.max_seq_len, n_targets)
+
+    nats = np.full(len(text), np.nan)  # by position of the target; there is none at 0
+    n_scored = 0
+    by_position = np.zeros(length)
+    sampled = np.zeros(len(text), dtype=bool)
+    sampled[1 + np.random.default_rng(0).choice(n_targets, min(RANK_ROWS, n_targets), replace=False)] = True
+    states: list[list[Tensor]] = [[] for _ in model.blocks]
+    shares, entropies = [], []
+
+    with block_outputs(model) as outputs:
+        for batch in np.split(windows, range(batch_windows, len(windows), batch_windows)):
+            starts, first_scored = batch[:, :1], batch[:, 1:]
+            targets = starts + 1 + np.arange(length)  # [B, T], positions in the text
+            ids = torch.from_numpy(text.tokens[starts + np.arange(length + 1)].astype(np.int64)).to(device)
+            output = model.encode(ids[:, :-1])
+            losses = target_losses(model, output.hidden, ids[:, 1:])
+            scored = targets >= first_scored
+            nats[targets[scored]] = losses[scored]
+            n_scored += int(scored.sum())
+            by_position += losses.sum(0)
+            rows = torch.from_numpy(scored & sampled[targets]).to(device)
+            for collected, stream in zip(states, outputs, strict=True):
+                collected.append(stream[:, -length:][rows].cpu())  # a block may see a prefix before the tokens
+            if "tier_share" in output.metrics:
+                shares.append(output.metrics["tier_share"].double().cpu().numpy() * len(batch))
+                entropies.append(output.metrics["routing_entropy"].double().cpu().numpy() * len(batch))
+
+    assert n_scored == n_targets, (n_scored, n_targets)
+    if not np.isfinite(nats[1:]).all():
+        bad = int((~np.isfinite(nats[1:])).sum())
+        raise HRSError(f"the loss of {bad} of {n_targets} tokens is not finite: training diverged, try a lower peak_lr")
+    documents = document_table(text, store.topics, nats)
+    text_nats = float(documents["text_nats"].to_numpy().sum())
+    nats_per_token = float(nats[1:].sum() / n_targets)
+    return Evaluation(
+        nats_per_token=nats_per_token,
+        perplexity=float(np.exp(nats_per_token)),
+        bits_per_byte=text_nats / (math.log(2) * int(text.n_bytes.sum())),
+        word_perplexity=float(np.exp(text_nats / int(text.n_words.sum()))),
+        n_tokens=n_targets,
+        loss_by_position=by_position / len(windows),
+        flops_per_token=flops_per_token(model, ids[:1, :-1]),
+        effective_rank=[effective_rank(torch.cat(rows)) for rows in states],
+        routing_entropy=(np.sum(entropies, axis=0) / len(windows)).tolist() if entropies else [],
+        tier_share=(np.sum(shares, axis=0) / len(windows)).tolist() if shares else [],
+        documents=documents,
+    )
+
+
+def target_losses(model: LanguageModel, hidden: Tensor, targets: Tensor) -> NDArray[np.float64]:
+    """Losses [B, T] in nats of target ids [B, T], given final states [B, T, d].
+
+    Logits are made for a few positions at a time, at most 2^24 numbers: at a vocabulary of 50,257 a whole batch's
+    would outweigh the model.
+    """
+    chunk = max(1, _LOGITS_AT_ONCE // model.vocab_size)
+
+    def chunks() -> Iterator[Tensor]:
+        for states, ids in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
+            logits = model.unembed(states)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            yield F.cross_entropy(logits, ids, reduction="none").double()
+
+    losses: NDArray[np.float64] = torch.cat(list(chunks())).view_as(targets).cpu().numpy()
+    return losses
+
+
+def document_table(text: TokenSplit, topics: tuple[str, ...], nats: NDArray[np.float64]) -> pa.Table:
+    """Losses summed by document, from ``nats`` by position in the text; every target belongs to one document."""
+    starts, ends = text.document_starts[:-1], text.document_starts[1:]
+    total = np.add.reduceat(nats, starts)
+    return pa.table(
+        {
+            "document": pa.array(range(len(starts)), pa.int32()),
+            "title": pa.array(text.titles, pa.string()),
+            "topic": pa.array([topics[i] if i >= 0 else None for i in text.topic_ids], pa.string()),
+            "nats": total,
+            "text_nats": total - nats[ends - 1],  # the last target of each is its end of text
+            "tokens": ends - starts,
+            "bytes": text.n_bytes,
+            "words": text.n_words,
+        }
+    )

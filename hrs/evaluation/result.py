@@ -1,0 +1,82 @@
+"""The numbers of one trained model on one split, and their two files."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hrs.errors import HRSError
+
+_NUMBERS, _DOCUMENTS = "evaluation.json", "documents.arrow"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Evaluation:
+    """What :func:`hrs.evaluation.evaluate` measured. Losses are in nats unless they say bits."""
+
+    nats_per_token: float
+    """Mean over all targets, end-of-text ones included."""
+    perplexity: float
+    """exp of that: comparable between models of one tokenizer only."""
+    bits_per_byte: float
+    """Loss of the text alone (no end-of-text targets) over its UTF-8 bytes: comparable between tokenizers."""
+    word_perplexity: float
+    """exp(loss of the text alone / words between white space)."""
+    n_tokens: int
+    """Targets scored: every token of the split but the first, each once."""
+    loss_by_position: NDArray[np.float64]
+    """[T], mean over all windows of the loss at each position of the window."""
+    flops_per_token: float
+    """Operations of a forward pass over one window, counted as they run, over its tokens; a multiply-add is two."""
+    effective_rank: list[float]
+    """Per block: of its raw outputs, see :func:`hrs.evaluation.diagnostics.effective_rank`."""
+    routing_entropy: list[float]
+    """Per block, nats, mean over all windows; empty without a router."""
+    tier_share: list[list[float]]
+    """Per block and tier: mean routing weight over all windows; empty without a router."""
+    documents: pa.Table
+    """One row per document: document, title, topic, nats (all its targets), text_nats (without its end-of-text),
+    tokens (targets), bytes, words."""
+
+    def metrics(self) -> dict[str, float]:
+        """Single numbers by short names; lists over blocks become their mean."""
+        names = ("nats_per_token", "perplexity", "bits_per_byte", "word_perplexity", "flops_per_token")
+        metrics = {name: float(getattr(self, name)) for name in names}
+        metrics["effective_rank"] = float(np.mean(self.effective_rank))
+        if self.routing_entropy:
+            metrics["routing_entropy"] = float(np.mean(self.routing_entropy))
+        for index, share in enumerate(np.mean(self.tier_share, axis=0) if self.tier_share else []):
+            metrics[f"tier_share_{index}"] = float(share)
+        return metrics
+
+    def save(self, directory: Path) -> None:
+        """Write ``evaluation.json`` and ``documents.arrow``. The former comes last: where it stands, both are whole."""
+        directory.mkdir(parents=True, exist_ok=True)
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "documents"}
+        numbers["loss_by_position"] = self.loss_by_position.tolist()
+        with pa.ipc.new_file(str(directory / f"{_DOCUMENTS}.part"), self.documents.schema) as writer:
+            writer.write_table(self.documents)
+        (directory / f"{_NUMBERS}.part").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        for name in (_DOCUMENTS, _NUMBERS):
+            os.replace(directory / f"{name}.part", directory / name)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Evaluation":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            HRSError: if a file is missing or unreadable.
+        """
+        try:
+            numbers: dict[str, Any] = json.loads((directory / _NUMBERS).read_text(encoding="utf-8"))
+            documents = pa.ipc.open_file(pa.memory_map(str(directory / _DOCUMENTS))).read_all()
+            numbers["loss_by_position"] = np.asarray(numbers["loss_by_position"], dtype=np.float64)
+            return cls(**numbers, documents=documents)
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise HRSError(f"evaluation in {directory} cannot be read ({error}): evaluate the run again") from error
