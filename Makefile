@@ -1,0 +1,59 @@
+# Everything from a fresh clone with nothing but Python 3.11 or newer.
+#
+#   make demo         the whole system once on this machine; ARGS="--seeds 3" goes to jobs/ablation_sweep.py
+#   make test         lint, types, import rules and the tests that take seconds
+#   make test-slow    the tests that start real services
+#   make ui           MLflow over the same store
+#   make setup        only install; the other targets do it by themselves
+#   make clean        remove the environment and the caches; results stay in the storage folder
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 5000
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# uv knows nothing of pip's settings; an empty value is fine, a folder that is missing is not.
+UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+export RAY_USAGE_STATS_ENABLED = 0
+export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
+export TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S = 0
+export MLFLOW_DISABLE_TELEMETRY = true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
+# uv writes no .pyc files; if Python may not either, every worker compiles torch and Ray anew.
+export PYTHONDONTWRITEBYTECODE =
+# Nothing here may attach to a cluster this shell happens to point at.
+unexport RAY_ADDRESS
+
+.PHONY: setup demo test test-slow ui clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(UV) --constraint constraints.txt --editable '.[dev]'
+	$(UV) --no-deps --requirement requirements-data.txt
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python jobs/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -q -m slow $(ARGS)
+
+ui: $(STAMP)
+	@$(BIN)/hrs ui --port $(PORT)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache hrs.egg-info

@@ -1,0 +1,54 @@
+"""Where a trial stands, as plain data and as one line a person can read."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialProgress:
+    """One report of a running trial."""
+
+    stage: Literal["train", "evaluate", "audit", "done"]
+    step: int
+    steps: int
+    loss: float = math.nan
+    """Mean training cross-entropy since the last report, in nats."""
+    validation_loss: float = math.nan
+    """Nats per token, if it was taken just now."""
+    tokens_per_second: float = math.nan
+    seconds_left: float = math.nan
+    """Of the training, not of evaluation and audit."""
+
+    def line(self, label: str) -> str:
+        """``full_hrs/0   120/300  40%  loss 4.123  7,310 tokens/s  1m02s left``, or the stage after training."""
+        if self.stage != "train":
+            return f"{label:<28} {'finished' if self.stage == 'done' else self.stage}"
+        return (
+            f"{label:<28} {self.step:>6}/{self.steps} {self.step / self.steps:>4.0%}  loss {self.loss:.3f}  "
+            f"{self.tokens_per_second:,.0f} tokens/s  {format_seconds(self.seconds_left)} left"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """``1h02m``, ``3m05s`` or ``12s``."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Pace:
+    """Lets one line per label through every so many seconds, and every line that is not mere training progress."""
+
+    def __init__(self, every_seconds: float = 10.0) -> None:
+        self.every_seconds = every_seconds
+        self._printed_at: dict[str, float] = {}
+
+    def lets_through(self, label: str, progress: TrialProgress, now: float) -> bool:
+        """Whether to print now (a monotonic time in seconds)."""
+        if progress.stage == "train" and now - self._printed_at.get(label, -math.inf) < self.every_seconds:
+            return False
+        self._printed_at[label] = now
+        return True

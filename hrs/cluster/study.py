@@ -1,0 +1,64 @@
+"""A study: named presets times seeds at one scale, each run known by its content."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hrs.config import DataConfig, ExperimentConfig
+from hrs.data import data_fingerprint
+from hrs.errors import HRSError
+from hrs.identity import run_key
+from hrs.presets import experiment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One experiment and the key of its content."""
+
+    key: str
+    config: ExperimentConfig
+    data_fingerprint: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.preset}/{self.config.seed}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """Presets (the baseline first) times seeds, with the same overrides for all."""
+
+    title: str
+    presets: tuple[str, ...]
+    scale: str
+    seeds: tuple[int, ...]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.presets or not self.seeds:
+            raise HRSError(
+                "a study needs at least one preset and one seed: give --presets or --study, and --seeds N above 0"
+            )
+
+    @property
+    def name(self) -> str:
+        """Title and scale; overridden studies get a mark of their own, so that no table mixes two settings."""
+        if not self.overrides:
+            return f"{self.title}-{self.scale}"
+        mark = hashlib.sha256(json.dumps(self.overrides, sort_keys=True, default=str).encode()).hexdigest()[:6]
+        return f"{self.title}-{self.scale}-{mark}"
+
+    def runs(self) -> list[Run]:
+        """Every run, preset by preset. Needs the corpus at hand to name its content, but builds nothing."""
+        configs = [
+            experiment(preset, self.scale, seed, self.overrides) for preset in self.presets for seed in self.seeds
+        ]
+        fingerprints: dict[DataConfig, str] = {}
+        for config in configs:
+            if config.data not in fingerprints:
+                fingerprints[config.data] = data_fingerprint(config.data)
+        return [
+            Run(key=run_key(c, fingerprints[c.data]), config=c, data_fingerprint=fingerprints[c.data]) for c in configs
+        ]

@@ -1,0 +1,133 @@
+"""One trial from tokens to a tracked, evaluated and audited result, as a generator that can be driven anywhere.
+
+Everything a trial learns is on disk below ``Storage.run(key)`` before it is reported, so a trial that is killed at any
+moment continues where its last checkpoint was, in the same tracked run.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+
+from hrs.cluster.progress import TrialProgress
+from hrs.cluster.study import Run
+from hrs.config import ExperimentConfig, canonical_json, from_dict
+from hrs.data import TokenStore, open_tokens
+from hrs.errors import HRSError
+from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
+from hrs.models import LanguageModel
+from hrs.report.plots import plot_loss_by_position
+from hrs.storage import open_storage
+from hrs.tracking import Outcome, RunLogger, Tracker
+from hrs.training import Runtime, latest_checkpoint, load_model, train
+from hrs.training.memory import cap_process_memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialSpec:
+    """All a worker needs to run one trial; travels as JSON."""
+
+    run: Run
+    study_id: str
+    """Tracking id of the study this trial belongs to."""
+    storage_root: str
+    runtime: Runtime
+    card_frac: float = 0.0
+    """Share of one card that the allocator may take; 0 without a card."""
+    stop_outcome: Literal["killed", "stopped"] = "killed"
+    """What it means when the trial is closed before its end: a cancel, or a scheduler's decision."""
+
+    def to_json(self) -> str:
+        return canonical_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrialSpec":
+        values = json.loads(text)
+        values["run"]["config"] = from_dict(ExperimentConfig, values["run"]["config"])
+        values["run"] = Run(**values["run"])
+        values["runtime"] = Runtime(**values["runtime"])
+        return cls(**values)
+
+
+def run_trial(spec: TrialSpec) -> Iterator[TrialProgress]:
+    """Train, evaluate and audit one run, tracking everything; yields as it goes, ends after ``done``.
+
+    Closing the generator early ends the tracked run with ``spec.stop_outcome``. Whatever exception ends it is recorded
+    as the run's failure and raised.
+    """
+    storage = open_storage(spec.storage_root)
+    run, steps = spec.run, spec.run.config.training.steps
+    directory = storage.run(run.key)
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / "lock"):  # a second sweep over the same run waits, then finds it done
+        (directory / "config.json").write_text(canonical_json(run.config))
+        tracker = Tracker(storage)
+        if not tracker.finished([run.key]):
+            logger = tracker.open_run(run.key, spec.study_id, run.config, run.data_fingerprint, system_metrics=True)
+            yield from _until_finished(spec, logger, directory, open_tokens(run.config.data, storage.tokens))
+    yield TrialProgress(stage="done", step=steps, steps=steps)
+
+
+def _until_finished(spec: TrialSpec, logger: RunLogger, directory: Path, store: TokenStore) -> Iterator[TrialProgress]:
+    try:
+        yield from _steps(spec, directory, store, logger)
+    except GeneratorExit:
+        logger.finish(spec.stop_outcome, "closed before its last step")
+        raise
+    except BaseException as error:
+        outcome: Outcome = "failed" if isinstance(error, Exception) else "killed"
+        logger.finish(outcome, str(error) if isinstance(error, HRSError) else f"{type(error).__name__}: {error}")
+        raise
+    logger.finish("finished")
+
+
+def _steps(spec: TrialSpec, directory: Path, store: TokenStore, logger: RunLogger) -> Iterator[TrialProgress]:
+    config = spec.run.config
+    steps = config.training.steps
+    if spec.card_frac and torch.cuda.is_available():  # a logical GPU of a test machine has no memory to cap
+        cap_process_memory(spec.card_frac, torch.device("cuda", 0))
+    for p in train(config, store, directory, spec.runtime):
+        logger.log(p.step, p.metrics)
+        yield TrialProgress(
+            stage="train",
+            step=p.step,
+            steps=p.steps,
+            loss=p.loss,
+            validation_loss=p.metrics.get("validation_loss", math.nan),
+            tokens_per_second=p.tokens_per_second,
+            seconds_left=p.seconds_left,
+        )
+    model, _ = load_model(directory)
+    yield TrialProgress(stage="evaluate", step=steps, steps=steps)
+    evaluation = evaluate(model, store, stride_frac=config.evaluation.stride_frac)
+    evaluation.save(directory)
+    yield TrialProgress(stage="audit", step=steps, steps=steps)
+    verdict = audit(model)
+    (directory / "audit.json").write_text(verdict.to_json())
+    _record(spec, directory, model, evaluation, verdict, logger)
+
+
+def _record(
+    spec: TrialSpec,
+    directory: Path,
+    model: LanguageModel,
+    evaluation: Evaluation,
+    verdict: AuditReport,
+    logger: RunLogger,
+) -> None:
+    summary = json.loads((directory / "training.json").read_text())
+    final = evaluation.metrics() | {name: summary[name] for name in ("tokens_per_second", "peak_memory_bytes")}
+    logger.log(spec.run.config.training.steps, final | {"parameters": model.count_parameters()})
+    logger.set_tags({"causal": str(verdict.causal).lower()})
+    for name in ("config.json", "training.json", "evaluation.json", "documents.arrow", "audit.json"):
+        logger.log_artifact(directory / name)
+    checkpoint = latest_checkpoint(directory)
+    if checkpoint:
+        logger.log_artifact(checkpoint)
+    plot_loss_by_position({spec.run.label: evaluation.loss_by_position.tolist()}, directory / "loss_by_position.png")
+    logger.log_artifact(directory / "loss_by_position.png")

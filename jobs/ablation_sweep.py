@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Presets times seeds: plan, train, evaluate, audit, compare.
+
+    ray job submit --working-dir . -- python jobs/ablation_sweep.py --study v1 --scale tiny --seeds 3
+    python jobs/ablation_sweep.py --presets dense_baseline,full_hrs --set training.steps=100 --dry-run
+
+Submitting the same study again runs only what is missing.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
+
+import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs.cluster.hardware import Hardware
+from hrs.cluster.plan import Plan, format_plan, plan_runs
+from hrs.cluster.preflight import connect, preflight
+from hrs.cluster.study import Study
+from hrs.config import parse_assignments
+from hrs.data import open_tokens
+from hrs.errors import HRSError
+from hrs.presets import STUDIES, get_study
+from hrs.report import format_table, write_report
+from hrs.storage import Storage, open_storage
+from hrs.tracking import Tracker
+from hrs.training import Runtime
+from jobs.entry import run_entry
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The job's command line."""
+    parser = argparse.ArgumentParser(prog="jobs/ablation_sweep.py", description="Run a study and print its table.")
+    parser.add_argument("--study", choices=list(STUDIES), default="v1", help="named list of presets (default v1)")
+    parser.add_argument("--presets", help="comma-separated presets in place of --study; the first is the baseline")
+    parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0..N-1 (default 1)")
+    parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
+    parser.add_argument("--name", help="title of the study (default: the study, or 'custom')")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default 50)")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
+    return parser.parse_args(arguments)
+
+
+def study_of(options: argparse.Namespace) -> Study:
+    """The study that the command line names.
+
+    Raises:
+        HRSError: for unknown presets, scales or fields.
+    """
+    presets = tuple(options.presets.split(",")) if options.presets else get_study(options.study)
+    overrides = parse_assignments(options.set) | ({"data.corpus": options.corpus} if options.corpus else {})
+    title = options.name or ("custom" if options.presets else options.study)
+    return Study(
+        title=title, presets=presets, scale=options.scale, seeds=tuple(range(options.seeds)), overrides=overrides
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; 0 if every run of it is finished, 1 if some are not."""
+    options = parse(arguments)
+    study, storage = study_of(options), open_storage()
+    runtime = Runtime(
+        checkpoint_every=options.checkpoint_every,
+        activation_checkpointing=options.activation_checkpointing,
+        compile=options.compile,
+    )
+    runs, tracker = study.runs(), Tracker(storage)
+    keys = [run.key for run in runs]
+    finished = tracker.finished(keys)
+    if options.dry_run:
+        print(format_plan(plan_runs(runs, finished, Hardware.of_this_machine(), storage, runtime)))
+        return 0
+    preflight(storage)
+    store = open_tokens(runs[0].config.data, storage.tokens)
+    print(f"corpus {runs[0].config.data.corpus}: {len(store.train):,} training tokens, {store.licence}")
+    nothing_to_do = finished == set(keys)
+    hardware = Hardware.of_this_machine() if nothing_to_do else Hardware.of_cluster(connect(storage))
+    plan = plan_runs(runs, finished, hardware, storage, runtime)
+    print(format_plan(plan), flush=True)
+    study_id = tracker.open_study(study.name, {run.key: run.config for run in runs})
+    interrupted = bool(plan.missing) and not run_missing(plan, study_id, storage, runtime)
+    tracker.reap(study.name)
+    return conclude(study.name, study_id, tracker, storage, interrupted)
+
+
+def run_missing(plan: Plan, study_id: str, storage: Storage, runtime: Runtime) -> bool:
+    """Hand the missing trials to Ray Tune; False if interrupted."""
+    from tune.sweep import run_plan  # imports Ray Tune, which a dry run does without
+
+    return run_plan(plan, study_id, storage, runtime)
+
+
+def conclude(study: str, study_id: str, tracker: Tracker, storage: Storage, interrupted: bool) -> int:
+    """Print the table of whatever is there, write the report, and say how to go on if something is missing."""
+    records = tracker.study_records(study)
+    files = write_report(study, records, storage.report(study), command=" ".join(sys.argv))
+    tracker.log_study_artifact(study_id, files.html.parent)
+    print(f"\n{format_table(records)}\n\nreport: {files.html}", flush=True)
+    unfinished = sum(record.status != "finished" for record in records)
+    if interrupted:
+        sentence = f"interrupted with {unfinished} of {len(records)} runs unfinished: the same command goes on"
+        tracker.close_study(study_id, "killed", sentence)
+        raise HRSError(sentence)
+    tracker.close_study(study_id, "failed" if unfinished else "finished", f"{unfinished} runs unfinished")
+    return 1 if unfinished else 0
+
+
+if __name__ == "__main__":
+    run_entry(main)
