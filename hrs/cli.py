@@ -171,4 +171,4 @@ def main() -> None:
     """The console script."""
     from jobs.entry import run_entry
 
-    run_entry(lambda: app(standalone_mode=False) or 0)
+    run_entry(app)

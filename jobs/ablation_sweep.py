@@ -44,6 +44,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
+    parser.add_argument(
+        "--card-gib", type=float, help="with --dry-run: plan for cards of this size, not this machine's"
+    )
+    parser.add_argument("--cards", type=int, default=1, help="with --card-gib: how many (default 1)")
     return parser.parse_args(arguments)
 
 
@@ -74,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys = [run.key for run in runs]
     finished = tracker.finished(keys)
     if options.dry_run:
-        print(format_plan(plan_runs(runs, finished, Hardware.of_this_machine(), storage, runtime)))
+        hardware = Hardware.of_this_machine()
+        if options.card_gib:
+            hardware = Hardware(cpus=hardware.cpus, card_bytes=(int(options.card_gib * 2**30),) * options.cards)
+        print(format_plan(plan_runs(runs, finished, hardware, storage, runtime)))
         return 0
     preflight(storage)
     store = open_tokens(runs[0].config.data, storage.tokens)
@@ -86,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study_id = tracker.open_study(study.name, {run.key: run.config for run in runs})
     interrupted = bool(plan.missing) and not run_missing(plan, study_id, storage, runtime)
     tracker.reap(study.name)
-    return conclude(study.name, study_id, tracker, storage, interrupted)
+    return conclude(study.name, study_id, store.fingerprint, tracker, storage, interrupted)
 
 
 def run_missing(plan: Plan, study_id: str, storage: Storage, runtime: Runtime) -> bool:
@@ -96,10 +103,14 @@ def run_missing(plan: Plan, study_id: str, storage: Storage, runtime: Runtime) -
     return run_plan(plan, study_id, storage, runtime)
 
 
-def conclude(study: str, study_id: str, tracker: Tracker, storage: Storage, interrupted: bool) -> int:
+def conclude(
+    study: str, study_id: str, data_fingerprint: str, tracker: Tracker, storage: Storage, interrupted: bool
+) -> int:
     """Print the table of whatever is there, write the report, and say how to go on if something is missing."""
     records = tracker.study_records(study)
-    files = write_report(study, records, storage.report(study), command=" ".join(sys.argv))
+    files = write_report(
+        study, records, storage.report(study), command=" ".join(sys.argv), data_fingerprint=data_fingerprint
+    )
     tracker.log_study_artifact(study_id, files.html.parent)
     print(f"\n{format_table(records)}\n\nreport: {files.html}", flush=True)
     unfinished = sum(record.status != "finished" for record in records)

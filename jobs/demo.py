@@ -21,6 +21,7 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.head import LocalHead
 from hrs.cluster.preflight import ROOT, preflight
 from hrs.storage import open_storage
+from jobs import ablation_sweep
 from jobs.entry import run_entry
 
 FORWARDED = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study on a head of its own; the job's exit status."""
     extra = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join(["python", "jobs/ablation_sweep.py", "--study", "v1", "--scale", "tiny", *extra])
+    if "--dry-run" in extra:
+        return ablation_sweep.main(["--study", "v1", "--scale", "tiny", *extra])
     storage = open_storage()
     os.environ.pop("RAY_ADDRESS", None)  # the demo has a cluster of its own, whatever this shell points at
     preflight(storage)

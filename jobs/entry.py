@@ -7,7 +7,7 @@ from typing import NoReturn
 from hrs.errors import HRSError
 
 
-def run_entry(main: Callable[[], int]) -> NoReturn:
+def run_entry(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit with its status; :class:`HRSError` is printed and becomes 2, Ctrl-C becomes 130."""
     try:
         status = main()

@@ -45,7 +45,8 @@ class Hardware:
     def __str__(self) -> str:
         if not self.card_bytes:
             return f"{self.cpus} CPU cores, no card"
-        return f"{self.cpus} CPU cores, {len(self.card_bytes)} cards of {min(self.card_bytes) / 2**30:.0f} GiB"
+        cards = "1 card" if len(self.card_bytes) == 1 else f"{len(self.card_bytes)} cards"
+        return f"{self.cpus} CPU cores, {cards} of {min(self.card_bytes) / 2**30:.0f} GiB"
 
 
 def _visible_cards() -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from hrs.cluster.hardware import Hardware
+from hrs.cluster.progress import format_seconds
 from hrs.cluster.study import Run
 from hrs.config import DataConfig, ExperimentConfig, ModelConfig, content_hash, from_dict
 from hrs.models import build_model
@@ -78,10 +79,12 @@ def _plan_run(run: Run, finished: bool, hardware: Hardware, storage: Storage, ru
     limit = (
         min(hardware.card_bytes) if hardware.card_bytes else psutil.virtual_memory().available // max(1, hardware.cpus)
     )
-    memory = fit_micro_batch(run.config, limit, runtime)
+    # Planned for where it will run, which need not be where the plan is made.
+    device = "cuda" if hardware.card_bytes else "cpu"
+    memory = fit_micro_batch(run.config, limit, replace(runtime, device=device))
     share = card_fraction(memory.peak_bytes, limit) if hardware.card_bytes else 0.0
     started = (storage.run(run.key) / "checkpoints").is_dir()
-    minutes, timing = _minutes(run, storage, bool(hardware.card_bytes))
+    minutes, timing = _minutes(run, storage)
     return TrialPlan(
         run=run,
         state="finished" if finished else "resumes" if started else "new",
@@ -103,15 +106,13 @@ _EVALUATION_FRAC = 0.2
 """Evaluation and audit, as a share of the training time."""
 
 
-def _minutes(run: Run, storage: Storage, cuda: bool) -> tuple[float, Literal["measured", "estimated"]]:
+def _minutes(run: Run, storage: Storage) -> tuple[float, Literal["measured", "estimated"]]:
     tokens = run.config.tokens_per_step * run.config.training.steps
     speed = _measured_speeds(storage).get(_shape(run.config))
     if speed:
         return tokens / speed * (1 + _EVALUATION_FRAC) / 60, "measured"
     flops = 6 * _parameters(run.config) * tokens  # forward and backward of every weight (Kaplan et al. 2020)
-    return flops / (_matmul_flops_per_second(cuda) * _MODEL_FLOPS_UTILISATION) * (
-        1 + _EVALUATION_FRAC
-    ) / 60, "estimated"
+    return flops / (_matmul_flops_per_second() * _MODEL_FLOPS_UTILISATION) * (1 + _EVALUATION_FRAC) / 60, "estimated"
 
 
 def _shape(config: ExperimentConfig) -> str:
@@ -132,8 +133,9 @@ def _measured_speeds(storage: Storage) -> dict[str, float]:
 
 
 @functools.cache
-def _matmul_flops_per_second(cuda: bool) -> float:
-    """Speed of one core (or the first card), from the best of a few products of square matrices."""
+def _matmul_flops_per_second() -> float:
+    """Speed of this machine's first card, or one core, from the best of a few products of square matrices."""
+    cuda = torch.cuda.is_available()
     n = 4096 if cuda else 512
     x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
     threads = torch.get_num_threads()
@@ -187,13 +189,13 @@ def lane_count(trials: Sequence[TrialPlan], hardware: Hardware) -> int:
 
 def format_plan(plan: Plan) -> str:
     """The plan as aligned text: one line a trial, then the makespan."""
-    head = ("trial", "state", "memory", "micro-batch", "minutes", "card", "cores", "lane", "starts")
+    head = ("trial", "state", "memory", "micro-batch", "takes", "card", "cores", "lane", "starts")
     rows = [_plan_row(t) for t in plan.trials]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
     done = len(plan.trials) - len(plan.missing)
     lanes = lane_count(plan.missing, plan.hardware)
-    guess = " (estimated: no run of this shape was measured here yet)" if any(
+    guess = " (estimated from this machine's speed: no run of this shape was measured yet)" if any(
         t.timing == "estimated" for t in plan.missing
     ) else ""  # fmt: skip
     return "\n".join(
@@ -201,7 +203,7 @@ def format_plan(plan: Plan) -> str:
             *lines,
             "",
             f"{plan.hardware}: {lanes} trials side by side, {done} of {len(plan.trials)} finished before, "
-            f"{plan.makespan_minutes:.1f} minutes for the rest{guess}",
+            f"{format_seconds(60 * plan.makespan_minutes)} for the rest{guess}",
         )
     )
 
@@ -213,9 +215,9 @@ def _plan_row(t: TrialPlan) -> tuple[str, ...]:
         t.state,
         f"{t.peak_bytes / 2**20:,.0f} MiB",
         f"{t.micro_batch} x {t.accumulation}",
-        "-" if ran else f"{t.minutes:.1f}",
+        "-" if ran else format_seconds(60 * t.minutes),
         f"{t.card_frac:.2f}" if t.card_frac else "-",
         f"{t.cpus:g}",
         "-" if ran else str(t.slot),
-        "-" if ran else f"+{t.start_minutes:.1f}",
+        "-" if ran else "+" + format_seconds(60 * t.start_minutes),
     )

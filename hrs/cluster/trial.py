@@ -6,6 +6,7 @@ moment continues where its last checkpoint was, in the same tracked run.
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from filelock import FileLock
 from hrs.cluster.progress import TrialProgress
 from hrs.cluster.study import Run
 from hrs.config import ExperimentConfig, canonical_json, from_dict
-from hrs.data import TokenStore, open_tokens
+from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
 from hrs.models import LanguageModel
 from hrs.report.plots import plot_loss_by_position
-from hrs.storage import open_storage
-from hrs.tracking import Outcome, RunLogger, Tracker
+from hrs.storage import Storage, open_storage
+from hrs.tracking import SILENT_SECONDS, Outcome, RunBusy, RunLogger, Tracker
 from hrs.training import Runtime, latest_checkpoint, load_model, train
 from hrs.training.memory import cap_process_memory
 
@@ -68,14 +69,25 @@ def run_trial(spec: TrialSpec) -> Iterator[TrialProgress]:
         (directory / "config.json").write_text(canonical_json(run.config))
         tracker = Tracker(storage)
         if not tracker.finished([run.key]):
-            logger = tracker.open_run(run.key, spec.study_id, run.config, run.data_fingerprint, system_metrics=True)
-            yield from _until_finished(spec, logger, directory, open_tokens(run.config.data, storage.tokens))
+            yield from _until_finished(spec, _open_run(tracker, spec), storage)
     yield TrialProgress(stage="done", step=steps, steps=steps)
 
 
-def _until_finished(spec: TrialSpec, logger: RunLogger, directory: Path, store: TokenStore) -> Iterator[TrialProgress]:
+def _open_run(tracker: Tracker, spec: TrialSpec) -> RunLogger:
+    """Open the tracked run, waiting for a writer on another machine that died to be known as dead."""
+    run, patience_ends = spec.run, time.monotonic() + 2 * SILENT_SECONDS
+    while True:
+        try:
+            return tracker.open_run(run.key, spec.study_id, run.config, run.data_fingerprint, system_metrics=True)
+        except RunBusy:
+            if time.monotonic() > patience_ends:
+                raise
+            time.sleep(10)
+
+
+def _until_finished(spec: TrialSpec, logger: RunLogger, storage: Storage) -> Iterator[TrialProgress]:
     try:
-        yield from _steps(spec, directory, store, logger)
+        yield from _steps(spec, storage, logger)
     except GeneratorExit:
         logger.finish(spec.stop_outcome, "closed before its last step")
         raise
@@ -86,11 +98,15 @@ def _until_finished(spec: TrialSpec, logger: RunLogger, directory: Path, store: 
     logger.finish("finished")
 
 
-def _steps(spec: TrialSpec, directory: Path, store: TokenStore, logger: RunLogger) -> Iterator[TrialProgress]:
-    config = spec.run.config
-    steps = config.training.steps
-    if spec.card_frac and torch.cuda.is_available():  # a logical GPU of a test machine has no memory to cap
-        cap_process_memory(spec.card_frac, torch.device("cuda", 0))
+def _steps(spec: TrialSpec, storage: Storage, logger: RunLogger) -> Iterator[TrialProgress]:
+    config, directory = spec.run.config, storage.run(spec.run.key)
+    steps, device = config.training.steps, spec.runtime.torch_device()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the trial this process ran before
+        torch.cuda.reset_peak_memory_stats(device)
+        if spec.card_frac:
+            cap_process_memory(spec.card_frac, device)
+    store = open_tokens(config.data, storage.tokens)
     for p in train(config, store, directory, spec.runtime):
         logger.log(p.step, p.metrics)
         yield TrialProgress(
@@ -104,10 +120,10 @@ def _steps(spec: TrialSpec, directory: Path, store: TokenStore, logger: RunLogge
         )
     model, _ = load_model(directory)
     yield TrialProgress(stage="evaluate", step=steps, steps=steps)
-    evaluation = evaluate(model, store, stride_frac=config.evaluation.stride_frac)
+    evaluation = evaluate(model.to(device), store, stride_frac=config.evaluation.stride_frac)
     evaluation.save(directory)
     yield TrialProgress(stage="audit", step=steps, steps=steps)
-    verdict = audit(model)
+    verdict = audit(model.cpu())  # where float64 is fast enough and sums have one order
     (directory / "audit.json").write_text(verdict.to_json())
     _record(spec, directory, model, evaluation, verdict, logger)
 

@@ -5,7 +5,8 @@ import socket
 import time
 
 HEARTBEAT_SECONDS = 30
-_SILENT_SECONDS = 20 * HEARTBEAT_SECONDS
+SILENT_SECONDS = 20 * HEARTBEAT_SECONDS
+"""A process on another host that has not been heard of for so long counts as dead."""
 
 
 def this_process() -> str:
@@ -25,7 +26,7 @@ def is_alive(owner: str, heartbeat_seconds: float | None) -> bool:
 
     host, pid, started = owner.rsplit(":", 2)
     if host != socket.gethostname():
-        return heartbeat_seconds is None or time.time() - heartbeat_seconds < _SILENT_SECONDS
+        return heartbeat_seconds is None or time.time() - heartbeat_seconds < SILENT_SECONDS
     try:
         process = psutil.Process(int(pid))
         return abs(process.create_time() - float(started)) < 1 and process.status() != psutil.STATUS_ZOMBIE

@@ -105,5 +105,5 @@ def test_the_makespan_is_that_of_the_simulated_queue(runs: list[Run], tmp_path: 
 
 def test_a_card_that_is_too_small_is_one_sentence(runs: list[Run], tmp_path: Path) -> None:
     with pytest.raises(HRSError, match="card") as caught:
-        plan_runs(runs, set(), Hardware(cpus=2, card_bytes=(2**20,)), Storage(tmp_path), Runtime())
+        plan_runs(runs, set(), Hardware(cpus=2, card_bytes=(2**29,)), Storage(tmp_path), Runtime())
     assert "\n" not in str(caught.value)

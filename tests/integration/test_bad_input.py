@@ -1,0 +1,89 @@
+"""A user's mistake is one sentence on standard error and status 2, through the real entry points."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import jobs.ablation_sweep
+import jobs.lr_search
+from hrs import cli
+from jobs.entry import run_entry
+
+Sentence = Callable[..., str]
+
+
+@pytest.fixture
+def sentence_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sentence:
+    """Runs ``hrs ...`` or a job and returns its one line of complaint."""
+    monkeypatch.setenv("HRS_STORAGE", str(tmp_path / "storage"))
+
+    def run(*words: str) -> str:
+        program, *arguments = words
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        main = {"ablation_sweep": jobs.ablation_sweep.main, "lr_search": jobs.lr_search.main}.get(program)
+        with pytest.raises(SystemExit) as ended:
+            cli.main() if main is None else run_entry(main)
+        printed = capsys.readouterr()
+        lines = [line for line in printed.err.splitlines() if not re.match(r"[\w-]+: reading|[\w-]+: tokenising", line)]
+        assert ended.value.code == 2, printed
+        assert len(lines) == 1, printed
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("hrs", "show", "full_hr"), ("unknown preset 'full_hr'", "did you mean full_hrs")),
+        (("hrs", "diff", "full_hrs", "nothing"), ("unknown preset", "hrs presets")),
+        (("hrs", "train", "full_hrs", "--scale", "huge"), ("unknown scale 'huge'", "micro, tiny, small, paper")),
+        (("hrs", "train", "full_hrs", "--set", "model.depth=3"), ("unknown field model.depth",)),
+        (("hrs", "train", "full_hrs", "--set", "model.n_layers=three"), ("model.n_layers", "type int")),
+        (("hrs", "train", "full_hrs", "--set", "model.n_layers"), ("FIELD=VALUE",)),
+        (("hrs", "train", "full_hrs", "--corpus", "text:/nowhere/at/all.txt"), ("/nowhere/at/all.txt",)),
+        (("hrs", "train", "full_hrs", "--corpus", "novels"), ("novels", "wiki-mini")),
+        (("hrs", "evaluate", "/nowhere/at/all"), ("/nowhere/at/all",)),
+        (("hrs", "report", "v9-tiny"), ("no study 'v9-tiny'",)),
+        (("ablation_sweep", "--presets", "dense_baseline,nope"), ("unknown preset 'nope'",)),
+        (("ablation_sweep", "--seeds", "0"), ("--seeds",)),
+        (("lr_search", "--preset", "dense_baseline", "--samples", "0"), ("--samples",)),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: tuple[str, ...], parts: tuple[str, ...], sentence_of: Sentence) -> None:
+    sentence = sentence_of(*words)
+    for part in parts:
+        assert part in sentence
+
+
+def test_an_empty_corpus_is_one_sentence(sentence_of: Sentence, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert str(empty) in sentence_of("hrs", "train", "dense_baseline", "--scale", "micro", "--corpus", f"jsonl:{empty}")
+
+
+def test_a_corrupt_checkpoint_is_one_sentence(sentence_of: Sentence, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{")
+    for command in ("evaluate", "audit"):
+        assert "run" in sentence_of("hrs", command, str(tmp_path / "run"))
+
+
+def test_an_unreachable_tracking_server_is_one_sentence(
+    sentence_of: Sentence, monkeypatch: pytest.MonkeyPatch, small_corpus: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    arguments = ("--scale", "micro", "--corpus", f"jsonl:{small_corpus}", "--set", "data.tokenizer=bpe:300")
+    assert "http://127.0.0.1:9 cannot be reached" in sentence_of("ablation_sweep", *arguments, "--dry-run")
+
+
+def test_a_damaged_store_is_one_sentence(sentence_of: Sentence, tmp_path: Path) -> None:
+    store = tmp_path / "storage" / "mlflow" / "mlflow.db"
+    store.parent.mkdir(parents=True)
+    store.write_bytes(b"this is no database" * 100)
+    assert "mlflow.db" in sentence_of("hrs", "report", "v1-tiny")
