@@ -1,8 +1,8 @@
 # Everything from a fresh clone with nothing but Python 3.11 or newer.
 #
 #   make demo         the whole system once on this machine; ARGS="--seeds 3" goes to jobs/ablation_sweep.py
-#   make test         lint, types, import rules and the tests that take seconds
-#   make test-slow    the tests that start real services
+#   make test         lint, types, import rules and all tests
+#   make test-fast    the same without the tests that start real services or train for long
 #   make ui           MLflow over the same store
 #   make setup        only install; the other targets do it by themselves
 #   make clean        remove the environment and the caches; results stay in the storage folder
@@ -26,7 +26,7 @@ export PYTHONDONTWRITEBYTECODE =
 # Nothing here may attach to a cluster this shell happens to point at.
 unexport RAY_ADDRESS
 
-.PHONY: setup demo test test-slow ui clean
+.PHONY: setup demo check test test-fast ui clean
 
 setup: $(STAMP)
 
@@ -42,15 +42,17 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 demo: $(STAMP)
 	@$(BIN)/python jobs/demo.py $(ARGS)
 
-test: $(STAMP)
+check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q $(ARGS)
 
-test-slow: $(STAMP)
-	$(BIN)/pytest -q -m slow $(ARGS)
+test: check
+	$(BIN)/pytest -q -m "" --durations=10 $(ARGS)
+
+test-fast: check
+	$(BIN)/pytest -q $(ARGS)
 
 ui: $(STAMP)
 	@$(BIN)/hrs ui --port $(PORT)
