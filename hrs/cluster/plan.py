@@ -202,7 +202,7 @@ def format_plan(plan: Plan) -> str:
         (
             *lines,
             "",
-            f"{plan.hardware}: {lanes} trials side by side, {done} of {len(plan.trials)} finished before, "
+            f"{plan.hardware}: {lanes} at a time, {done} of {len(plan.trials)} finished before, "
             f"{format_seconds(60 * plan.makespan_minutes)} for the rest{guess}",
         )
     )
