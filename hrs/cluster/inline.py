@@ -28,5 +28,5 @@ def train_inline(study: Study, runtime: Runtime) -> None:
             if pace.lets_through(run.label, progress, time.monotonic()):
                 print(progress.line(run.label), flush=True)
     tracker.close_study(study_id, "finished")
-    print("\n" + format_table(tracker.study_records(study.name)))
+    print("\n" + format_table(tracker.study_records(study.name, with_history=False)))
     print("\n".join(f"run {run.label}: {storage.run(run.key)}" for run in runs))
