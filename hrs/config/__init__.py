@@ -5,6 +5,16 @@ is executed (device, micro-batch, threads) lives in :class:`hrs.training.Runtime
 """
 
 from hrs.config.codec import canonical_json, content_hash, flatten, from_dict, override, parse_assignments, to_dict
+from hrs.config.components import (
+    AttentionConfig,
+    CategoryConfig,
+    EngramConfig,
+    LocalityConfig,
+    PeerConfig,
+    RouterConfig,
+    TestTimeMemoryConfig,
+    TierConfig,
+)
 from hrs.config.experiment import (
     DataConfig,
     EvaluationConfig,
@@ -14,10 +24,11 @@ from hrs.config.experiment import (
     ScheduleConfig,
     TrainingConfig,
 )
-from hrs.config.model import EngramConfig, LocalityConfig, ModelConfig, RouterConfig, TierConfig
+from hrs.config.model import ModelConfig
 
 __all__ = [
-    "DataConfig", "EngramConfig", "EvaluationConfig", "ExperimentConfig", "LocalityConfig", "ModelConfig",
-    "OptimizerConfig", "PhaseConfig", "RouterConfig", "ScheduleConfig", "TierConfig", "TrainingConfig",
+    "AttentionConfig", "CategoryConfig", "DataConfig", "EngramConfig", "EvaluationConfig", "ExperimentConfig",
+    "LocalityConfig", "ModelConfig", "OptimizerConfig", "PeerConfig", "PhaseConfig", "RouterConfig", "ScheduleConfig",
+    "TestTimeMemoryConfig", "TierConfig", "TrainingConfig",
     "canonical_json", "content_hash", "flatten", "from_dict", "override", "parse_assignments", "to_dict",
 ]  # fmt: skip

@@ -73,6 +73,11 @@ class OptimizerConfig:
     """Decay biases, norms and scalars too, as the original did."""
     clip_norm: float = 1.0
     """Global gradient norm over the groups that learn; 0 is off."""
+    expert_updates: Literal["dense", "lazy"] = "dense"
+    """How the tables of retrieved experts learn. ``dense``: all rows at every step. ``lazy``: only the rows that got a
+    gradient; a row first catches up on the decay of its moments and weights over the k steps since its last update, but
+    not on the movement by old momentum, so it is another optimiser unless every row is hit at every step. Faster and
+    smaller where few rows are hit, slower where many are."""
 
     def __post_init__(self) -> None:
         require_within(self, beta1=(0, 1), beta2=(0, 1))

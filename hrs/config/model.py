@@ -4,106 +4,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hrs.config.checks import require_at_least, require_within
+from hrs.config.components import (
+    AttentionConfig,
+    CategoryConfig,
+    EngramConfig,
+    LocalityConfig,
+    PeerConfig,
+    RouterConfig,
+    TestTimeMemoryConfig,
+    TierConfig,
+)
 from hrs.errors import HRSError
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterConfig:
-    """Per-layer soft router over the tiers (Gumbel-softmax, Jang et al. 2017)."""
-
-    hidden: int = 64
-    """Width of the router's hidden layer."""
-    temperature_start: float = 1.0
-    """Gumbel-softmax temperature at the first step."""
-    temperature_end: float = 0.3
-    """Temperature after annealing, and the softmax temperature in evaluation."""
-    temperature_decay_frac: float = 0.8
-    """Share of all training steps over which the temperature falls linearly."""
-    balance_weight: float = 0.1
-    """Weight of n * sum p_k^2 over mean routing shares; 1 (times the weight) when uniform."""
-    entropy_weight: float = 0.01
-    """Weight of minus the mean normalised routing entropy."""
-    flops_weight: float = 0.0
-    """Weight of the expected relative cost of the chosen tiers."""
-    trc_window: int = 0
-    """Temporal routing consistency: causal mean of the router's logits over this many tokens; 0 is off."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, hidden=1, temperature_start=1e-6, temperature_end=1e-6, trc_window=0)
-        require_within(self, temperature_decay_frac=(0.0, 1.0))
-
-
-TIER_NAMES = ("conv", "expert", "attention", "sink")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TierConfig:
-    """Parallel paths that the router mixes in place of the MLP, cheapest idea first."""
-
-    names: tuple[str, ...] = TIER_NAMES
-    """Which tiers exist, in routing order."""
-    conv_kernel: int = 7
-    """Taps of the causal depthwise convolution."""
-    n_experts: int = 4
-    """Experts of the top-1 expert tier."""
-    expert_hidden: int = 256
-    """Hidden width of one expert."""
-    sink_rescale: bool = False
-    """Shrink the residual stream by the share that went to the sink tier."""
-    renormalise_gate: bool = False
-    """Divide the chosen expert's gate by itself, as the original did. Its gate then never gets a gradient."""
-
-    def __post_init__(self) -> None:
-        unknown = [n for n in self.names if n not in TIER_NAMES]
-        if unknown or not self.names or len(set(self.names)) != len(self.names):
-            raise HRSError(f"tiers.names must be distinct names out of {', '.join(TIER_NAMES)}, got {self.names}")
-        require_at_least(self, conv_kernel=1, n_experts=1, expert_hidden=1)
-        if self.sink_rescale and "sink" not in self.names:
-            raise HRSError("tiers.sink_rescale needs the sink tier in tiers.names")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngramConfig:
-    """Window summaries that later blocks may attend to."""
-
-    kind: Literal["none", "window", "prefix"] = "none"
-    """``window``: extra keys and values, visible once their window is complete (causal). ``prefix``: the original's
-    prepended summaries, visible to every token (they leak the future; only for ``*_legacy`` presets)."""
-    window: int = 128
-    """Tokens summarised by one group of engrams."""
-    per_window: int = 4
-    """Engram vectors per window."""
-    extract_after: int = 1
-    """Index of the block whose output is summarised; blocks after it read the engrams."""
-    recon_weight: float = 0.1
-    """Weight of 1 - cos(window mean, mean engram)."""
-    dropout: float = 0.1
-    """Probability that a training micro-batch runs without engrams."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, window=1, per_window=1, extract_after=0)
-        require_within(self, dropout=(0.0, 1.0))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocalityConfig:
-    """Second head: InfoNCE between nearby positions on the output of every block (van den Oord et al. 2018)."""
-
-    enabled: bool = False
-    """Whether the locality projection exists."""
-    weight: float = 0.1
-    """Weight of the loss averaged over blocks."""
-    window: int = 16
-    """Anchors keep this distance from both ends; positives lie within half of it."""
-    n_anchors: int = 64
-    """Anchor positions drawn per batch."""
-    n_negatives: int = 64
-    """Negative positions drawn per batch, shared by the anchors."""
-    temperature: float = 0.1
-    """Temperature of the cosine similarities."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, window=2, n_anchors=1, n_negatives=1, temperature=1e-6)
+FEED_FORWARDS = ("mlp", "tiers", "peer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,20 +39,72 @@ class ModelConfig:
     """On embeddings, attention weights, and every residual branch."""
     rope_base: float = 10000.0
     """Base of the rotary position frequencies (Su et al. 2021)."""
-    feed_forward: Literal["mlp", "tiers"] = "mlp"
-    """``mlp``: a GELU MLP. ``tiers``: routed tiers in its place."""
+    feed_forward: tuple[str, ...] = ("mlp",)
+    """What follows attention in every block, one after another: ``mlp`` (GELU), ``tiers`` (routed), ``peer``."""
+    conv_blocks: int = 0
+    """The last blocks, in which a causal convolution takes the place of attention."""
+    loss_scales: Literal["fixed", "learned", "original"] = "fixed"
+    """Weights of the auxiliary losses. ``learned``: by uncertainty (Kendall et al. 2018). ``original``: a learned
+    factor with a constant pull, which drifts whatever the data."""
+    placeholder_losses: bool = False
+    """Three losses that mean nothing, in the place of hub, entropy and recon: the control of their weights."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     tiers: TierConfig = field(default_factory=TierConfig)
+    peer: PeerConfig = field(default_factory=PeerConfig)
     engram: EngramConfig = field(default_factory=EngramConfig)
     locality: LocalityConfig = field(default_factory=LocalityConfig)
+    category: CategoryConfig = field(default_factory=CategoryConfig)
+    test_time_memory: TestTimeMemoryConfig = field(default_factory=TestTimeMemoryConfig)
 
     def __post_init__(self) -> None:
         require_at_least(self, vocab_size=2, n_layers=1, n_heads=1, d_model=2, d_ff=1, max_seq_len=2)
         require_within(self, dropout=(0.0, 1.0))
         if self.d_model % (2 * self.n_heads):
             raise HRSError(f"d_model {self.d_model} must be a multiple of 2 * n_heads = {2 * self.n_heads}")
-        if self.engram.kind != "none" and self.engram.extract_after >= self.n_layers - 1:
+        unknown = [part for part in self.feed_forward if part not in FEED_FORWARDS]
+        if unknown or not self.feed_forward or len(set(self.feed_forward)) != len(self.feed_forward):
             raise HRSError(
-                f"engram.extract_after {self.engram.extract_after} leaves no block to read the engrams: "
+                f"feed_forward must be distinct names out of {', '.join(FEED_FORWARDS)}, got {self.feed_forward}"
+            )
+        if not 0 <= self.conv_blocks <= self.n_layers:
+            raise HRSError(f"conv_blocks must lie between 0 and n_layers {self.n_layers}, got {self.conv_blocks}")
+        self._check_engrams()
+        if self.uses_peer and self.d_model % self.peer.n_heads:
+            raise HRSError(f"d_model {self.d_model} must be a multiple of peer.n_heads {self.peer.n_heads}")
+
+    def _check_engrams(self) -> None:
+        engram = self.engram
+        if engram.kind == "none":
+            return
+        block = engram.extraction_block(self.n_layers)
+        if not 0 <= block < self.n_layers or (block == self.n_layers - 1 and engram.kind != "memory"):
+            raise HRSError(
+                f"engram.extract_after {engram.extract_after} leaves no block to read the engrams: "
                 f"it must be below n_layers - 1 = {self.n_layers - 1}"
             )
+        if engram.kind == "recurrence" and engram.history_windows * engram.window > self.max_seq_len:
+            raise HRSError(
+                f"engram.history_windows {engram.history_windows} of {engram.window} tokens are more than max_seq_len "
+                f"{self.max_seq_len}: summarise fewer windows"
+            )
+        if self.conv_blocks > 0 and engram.kind in ("window", "recurrence"):
+            raise HRSError(
+                f"engram.kind={engram.kind} needs attention to read the engrams, and the last {self.conv_blocks} "
+                "blocks have none: use engram.kind=running, or conv_blocks=0"
+            )
+        if engram.kind == "prefix" and engram.dropout > 0:
+            raise HRSError(
+                "engram.dropout needs engram.kind=window: prepended engrams move every token, "
+                "so they cannot be dropped for one micro-batch; set model.engram.dropout=0"
+            )
+
+    @property
+    def routed(self) -> bool:
+        """Whether blocks have a router."""
+        return "tiers" in self.feed_forward
+
+    @property
+    def uses_peer(self) -> bool:
+        """Whether blocks have product-key experts, as a layer or as a tier."""
+        return "peer" in self.feed_forward or (self.routed and "peer" in self.tiers.names)

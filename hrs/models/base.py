@@ -1,6 +1,8 @@
 """The one interface of every language model: audit, evaluation, export, retrieval and serving know only this."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +14,7 @@ class ModelOutput:
     """What one pass returns. B batch, T tokens, V vocabulary, d width."""
 
     hidden: Tensor
-    """[B, T, d], normalised, ready for :meth:`LanguageModel.unembed`."""
+    """[B, T, k], ready for :meth:`LanguageModel.unembed`; its first d columns are the normalised residual stream."""
     logits: Tensor | None = None
     """[B, T, V]; position t scores token t + 1. None from :meth:`LanguageModel.encode`."""
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -20,7 +22,29 @@ class ModelOutput:
     mode."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached diagnostics by name: ``tier_share`` [n_layers, n_tiers] (mean routing weights) and
-    ``routing_entropy`` [n_layers] (nats) where there is a router."""
+    ``routing_entropy`` [n_layers] (nats) where there is a router; in eval mode also ``expert_usage``
+    [n_layers, n_experts], the retrieval weight each expert got in this pass, where there is PEER."""
+    category_logits: Tensor | None = None
+    """[B, C], scores of the window's topic where there is a categorisation head."""
+
+
+@dataclass(slots=True)
+class WindowContext:
+    """What a model may be told of windows besides their tokens."""
+
+    history: Tensor | None = None
+    """[B, history_tokens] ids that stand in front of each window in its document, the last one next to the window;
+    -1 where there are none. None is a window without history."""
+    category: Tensor | None = None
+    """[B] int64, the topic of each window, -1 if it has none. Read by a training loss only, never by a prediction."""
+
+    def rows(self, chosen: slice) -> "WindowContext":
+        """The same for a part of the batch."""
+        return WindowContext(*(None if t is None else t[chosen] for t in (self.history, self.category)))
+
+    def to(self, device: torch.device) -> "WindowContext":
+        """The same on another device."""
+        return WindowContext(*(None if t is None else t.to(device) for t in (self.history, self.category)))
 
 
 class Cache:
@@ -35,6 +59,13 @@ class LanguageModel(nn.Module, ABC):
 
     vocab_size: int
     max_seq_len: int
+    d_model: int
+    history_tokens: int = 0
+    """Tokens of :attr:`WindowContext.history` this model can use; 0 for none."""
+    n_categories: int = 0
+    """Topics its categorisation head tells apart; 0 without one."""
+    summarises: bool = False
+    """Whether it reads summaries of its own text, for which :meth:`reading_others` can put in another text's."""
     blocks: nn.ModuleList
     """The layers in order; each returns its residual stream [B, T, d] (alone, or first of a tuple)."""
 
@@ -44,7 +75,7 @@ class LanguageModel(nn.Module, ABC):
         """The module that turns token ids [B, T] into vectors [B, T, d]."""
 
     @abstractmethod
-    def encode(self, tokens: Tensor) -> ModelOutput:
+    def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         """Everything but the logits, for token ids [B, T], T <= max_seq_len.
 
         Raises:
@@ -53,11 +84,11 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of final hidden states [..., d]. Applied to chunks of positions where V is large."""
+        """Logits [..., V] of final hidden states [..., k]. Applied to chunks of positions where V is large."""
 
     @abstractmethod
-    def new_cache(self, batch_size: int) -> Cache:
-        """An empty cache for ``batch_size`` sequences."""
+    def new_cache(self, batch_size: int, history: Tensor | None = None) -> Cache:
+        """An empty cache for ``batch_size`` sequences with what came before them, as in :class:`WindowContext`."""
 
     @abstractmethod
     def decode(self, tokens: Tensor, cache: Cache) -> ModelOutput:
@@ -73,14 +104,31 @@ class LanguageModel(nn.Module, ABC):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """A partition of all parameters by the role that phases address, for example ``backbone`` or ``router``."""
 
-    def forward(self, tokens: Tensor) -> ModelOutput:
+    def forward(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         """Hidden states, logits and losses of token ids [B, T]."""
-        output = self.encode(tokens)
+        output = self.encode(tokens, context)
         output.logits = self.unembed(output.hidden)
         return output
 
     def set_progress(self, fraction: float) -> None:
-        """Tell the model which share of training is done, for quantities that anneal. Default: nothing does."""
+        """Tell the model which share of training is done, before each step, for what anneals. Default: nothing does."""
+
+    @contextmanager
+    def reading_others(self) -> Iterator[None]:
+        """Within it every sequence of a batch reads the summaries of its neighbour's text in place of its own, the
+        control of what their content is worth. Not for decoding. Default: there are none, and nothing changes."""
+        yield
+
+    def project(self, states: Tensor) -> Tensor | None:
+        """States [..., d] as the locality head sees them; None without one."""
+        return None
+
+    def keep_observations(self) -> None:
+        """The passes in training mode since the last such call made an update: what they showed may be remembered in
+        buffers. Called once after each optimiser step. Default: nothing is remembered."""
+
+    def drop_observations(self) -> None:
+        """Those passes came to nothing (out of memory, a loss that is not finite): forget what they showed."""
 
     @torch.no_grad()
     def count_parameters(self) -> int:

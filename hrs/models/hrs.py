@@ -1,7 +1,10 @@
-"""The HRS language model: any composition of locality head, routed tiers and engrams on one transformer."""
+"""The HRS language model: any composition of routed tiers, product-key experts, engrams and auxiliary heads."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,24 +12,40 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.errors import HRSError
-from hrs.models.base import Cache, LanguageModel, ModelOutput
+from hrs.models.base import Cache, LanguageModel, ModelOutput, WindowContext
 from hrs.nn.attention import Attention
-from hrs.nn.block import Block, BlockCache
-from hrs.nn.engram import EngramCache, Engrams
+from hrs.nn.block import Block, BlockCache, BlockStatistics
+from hrs.nn.cross_attention import CrossAttention
+from hrs.nn.engrams import EngramMechanism, build_engrams
 from hrs.nn.feedforward import FeedForward
 from hrs.nn.locality import LocalityHead
+from hrs.nn.objectives import CategoryHead, LossScales, PlaceholderLosses
 from hrs.nn.router import Router, routing_losses, routing_statistics
+from hrs.nn.test_time_memory import TestTimeCache, TestTimeMemory
 
 _ROLES = (
     ("locality.", "locality_head"),
     ("engram.", "engram"),
+    ("category.", "engram"),
+    ("test_time_memory.", "test_time_memory"),
+    ("loss_scales.", "loss_scales"),
+    (".cross.", "engram"),
+    (".synapse.", "expert"),
     (".router.", "router"),
     (".tiers.conv.", "conv"),
     (".tiers.expert.", "expert"),
+    (".tiers.peer.", "expert"),
+    (".peer", "expert"),
     (".tiers.attention.", "attention_tier"),
     (".tiers.sink.", "sink"),
 )
 """Part of a parameter's name, and the group it belongs to; all others are the backbone."""
+
+_OBSERVED_LOGITS = 2**24
+"""Logits held at once when losses are only looked at."""
+
+_PLACEHOLDER_WEIGHTS = {"hub": 0.1, "entropy": 0.01, "recon": 0.1}
+"""Those of the losses whose place they take."""
 
 
 @dataclass
@@ -35,46 +54,65 @@ class HRSCache(Cache):
 
     batch_size: int
     blocks: list[BlockCache]
-    engram: EngramCache = field(default_factory=EngramCache)
+    engram: Any = None
+    recalled: Tensor | None = None
+    """What the engrams keep of the text before."""
+    test_time: TestTimeCache | None = None
     tokens: Tensor | None = None
-    """Token ids so far, kept only for ``prefix`` engrams, which must be made anew from the whole text."""
+    """Token ids so far, kept only for engrams that must be made anew from the whole text."""
 
 
 class HRSModel(LanguageModel):
-    """Pre-norm transformer with rotary attention and tied embeddings; what else it has, the config alone decides.
-
-    Raises:
-        HRSError: for a combination of fields that cannot be built.
-    """
+    """Pre-norm transformer with tied embeddings; what else it has, the config alone decides."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         engram = config.engram
-        if engram.kind == "prefix" and engram.dropout > 0:
-            raise HRSError(
-                "engram.dropout needs engram.kind=window: prepended engrams move every token, "
-                "so they cannot be dropped for one micro-batch; set model.engram.dropout=0"
-            )
         self.config = config
         self.vocab_size = config.vocab_size
         self.max_seq_len = config.max_seq_len
+        self.d_model = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.attention.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        n_engrams = config.max_seq_len // engram.window * engram.per_window
+        self.engram = build_engrams(config)
+        self.summarises = engram.kind not in ("none", "memory")  # slots are the same for every text
+        self.history_tokens = 0 if self.engram is None else self.engram.history_tokens
+        n_engrams = (config.max_seq_len + self.history_tokens) // engram.window * engram.per_window
         # One position past the last token: there a dropped engram is out of every token's sight.
         n_positions = config.max_seq_len + (n_engrams if engram.kind == "prefix" else 1)
+        reading = engram.extraction_block(config.n_layers) + 1 if engram.kind in ("window", "recurrence") else math.inf
         self.blocks = nn.ModuleList(
-            Block(
-                config,
-                n_positions=n_positions,
-                n_memory=n_engrams if engram.kind == "window" and index > engram.extract_after else 0,
-            )
+            Block(config, index, n_positions=n_positions, n_memory=n_engrams if index >= reading else 0)
             for index in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(config.d_model)
-        self.engram = Engrams(engram, config.d_model) if engram.kind != "none" else None
         self.locality = LocalityHead(config.locality, config.d_model) if config.locality.enabled else None
+        self.category = CategoryHead(config.d_model, config.category.n_classes) if config.category.enabled else None
+        self.n_categories = config.category.n_classes if config.category.enabled else 0
+        self.test_time_memory = TestTimeMemory(config) if config.test_time_memory.enabled else None
+        self.placeholders = PlaceholderLosses(config.d_model) if config.placeholder_losses else None
+        self.loss_scales = self._build_loss_scales(config)
         self._initialise()
+
+    @staticmethod
+    def _build_loss_scales(config: ModelConfig) -> LossScales | None:
+        """Factors of the losses that the original learned the weights of: routing, reconstruction, or placeholders."""
+        if config.loss_scales == "fixed":
+            return None
+        weights = dict(_PLACEHOLDER_WEIGHTS) if config.placeholder_losses else {}
+        if config.routed and not config.placeholder_losses:
+            weights["hub" if config.router.hub_exponent > 0 else "balance"] = config.router.balance_weight
+            weights["entropy"] = config.router.entropy_weight
+        if config.engram.kind not in ("none", "memory") and not config.placeholder_losses:
+            weights["recon"] = config.engram.recon_weight
+        weights = {name: weight for name, weight in weights.items() if weight > 0}
+        if not weights:
+            raise HRSError(
+                f"loss_scales={config.loss_scales} has no loss to scale: it needs tiers, engrams or placeholder_losses"
+            )
+        return LossScales(weights, original=config.loss_scales == "original")
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -90,8 +128,9 @@ class HRSModel(LanguageModel):
         for module in self.modules():
             if isinstance(module, Attention | FeedForward):
                 nn.init.normal_(module.output.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
-        if self.engram is not None:
-            nn.init.normal_(self.engram.type_embedding, std=0.02)
+        for module in self.modules():
+            if isinstance(module, EngramMechanism | CrossAttention | TestTimeMemory):
+                module.initialise()
 
     # ---- forward and decode: one path ----------------------------------------------------------------------------
 
@@ -100,94 +139,181 @@ class HRSModel(LanguageModel):
         return self.embedding
 
     def unembed(self, hidden: Tensor) -> Tensor:
+        if self.test_time_memory is not None:
+            return self.test_time_memory.unembed(hidden, self.embedding.weight)
         return F.linear(hidden, self.embedding.weight)
 
-    def encode(self, tokens: Tensor) -> ModelOutput:
-        return self._run(tokens, None)
+    def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
+        recalled = None if context is None else self._recall(context.history)
+        output = self._run(tokens, None, recalled)
+        if self.category is not None:
+            # The mean sees the whole window: it names the window, and never reaches a prediction.
+            output.category_logits = self.category(output.hidden[..., : self.d_model].mean(dim=1))
+        if self.training:
+            output.losses = self._all_losses(output, context)
+            if self.engram is not None and self.engram.wants_losses:
+                self._observe_losses(self.engram, output.hidden, tokens)
+        return output
 
-    def new_cache(self, batch_size: int) -> HRSCache:
-        return HRSCache(batch_size, [block.new_cache() for block in self.blocks])  # type: ignore[operator]
+    def new_cache(self, batch_size: int, history: Tensor | None = None) -> HRSCache:
+        with torch.no_grad():
+            recalled = self._recall(history)
+        return HRSCache(
+            batch_size,
+            [block.new_cache() for block in self.blocks],  # type: ignore[operator]
+            engram=None if self.engram is None else self.engram.new_cache(),
+            recalled=recalled,
+        )
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache) -> ModelOutput:
         """See :meth:`LanguageModel.decode`.
 
-        With ``prefix`` engrams every call runs the whole text so far: nothing can be kept of a model whose early
-        states change with each later window. Its results then differ from :meth:`forward`, which saw the future.
+        With engrams that show the future every call runs the whole text so far: nothing can be kept of a model whose
+        early states change with each later window. Its results then differ from :meth:`forward`, which saw more.
         """
         if not isinstance(cache, HRSCache) or tokens.shape[0] != cache.batch_size:
             raise ValueError(f"decode needs a cache from new_cache({tokens.shape[0]}), the batch size of these tokens")
         if self.training:
             raise ValueError("decode works in evaluation mode only: call model.eval() first")
         n_new = tokens.shape[1]
-        if self.config.engram.kind == "prefix":
+        if self.engram is not None and self.engram.decodes_by_rerunning:
             tokens = tokens if cache.tokens is None else torch.cat((cache.tokens, tokens), dim=1)
-            output = self._run(tokens, None)
+            output = self._run(tokens, None, cache.recalled)
             output.hidden = output.hidden[:, -n_new:]
             cache.tokens = tokens
         else:
-            output = self._run(tokens, cache)
+            output = self._run(tokens, cache, cache.recalled)
         cache.length += n_new
         output.logits = self.unembed(output.hidden)
         return output
 
-    def _run(self, tokens: Tensor, cache: HRSCache | None) -> ModelOutput:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        return self.dropout(x)
+
+    def _recall(self, history: Tensor | None) -> Tensor | None:
+        """What the engrams keep of the text [B, history_tokens] in front of a window, ids of -1 for none.
+
+        No gradient enters the blocks that read it (as in Transformer-XL, Dai et al. 2019), only the engrams' encoder.
+        Every window is read on its own, as if a text began with it: so places without text have no say in it.
+        """
+        if history is None or self.engram is None or not self.history_tokens:
+            return None
+        with torch.no_grad():
+            windows = history.clamp_min(0).view(-1, self.config.engram.window)  # [B H, window]
+            positions = torch.arange(windows.shape[1], device=history.device)
+            x = self._embed(windows, positions)
+            for block in self.blocks[: self.engram.extract_after + 1]:
+                x, _ = block(x, positions)
+        return self.engram.recall(x.view(*history.shape, self.d_model), history >= 0)
+
+    def _run(self, tokens: Tensor, cache: HRSCache | None, recalled: Tensor | None) -> ModelOutput:
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.max_seq_len:
             raise ValueError(f"{end} tokens exceed max_seq_len {self.max_seq_len}")
         positions = torch.arange(start, end, device=tokens.device)
-        x = self.dropout(self.embedding(tokens))
-        engrams: Tensor | None = None
-        engram_positions: Tensor | None = None
-        routings: list[Tensor] = []
+        x = self._embed(tokens, positions)
+        engram = self.engram
+        state = None
+        if engram is not None:
+            state = engram.start(positions, None if cache is None else cache.engram, recalled)
+        statistics: list[BlockStatistics] = []
         locality: list[Tensor] = []
-        losses: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            block_cache = None if cache is None else cache.blocks[index]
-            if self.config.engram.kind == "prefix" and engrams is not None:
-                x, routing = self._run_prefixed(block, x, engrams)
+            memory = None if cache is None else cache.blocks[index]
+            if engram is None or state is None:
+                x, told = block(x, positions, None, memory)
             else:
-                x, routing = block(x, positions, engrams, engram_positions, block_cache)
-            if routing is not None:
-                routings.append(routing)
+                x, block_positions, inputs = engram.enter(index, x, state)
+                x, told = block(x, block_positions, inputs, memory)
+                x = engram.leave(index, x, state)
+            statistics.append(told)
             if self.training and self.locality is not None:
                 locality.append(self.locality(x))
-            if self.engram is not None and index == self.config.engram.extract_after:
-                engrams, engram_positions, losses["recon"] = self._extract(self.engram, x, cache)
-        metrics: dict[str, Tensor] = {}
+        losses = {} if state is None else dict(state.losses)
         if locality:
             losses["locality"] = self.config.locality.weight * torch.stack(locality).mean()
-        if routings and cache is None:
+        metrics = self._statistics(statistics, losses) if cache is None else {}
+        hidden = self.norm(x)
+        if self.test_time_memory is not None:
+            if cache is not None and cache.test_time is None:
+                cache.test_time = self.test_time_memory.new_cache(hidden)
+            hidden = self.test_time_memory(hidden, self.embedding(tokens), None if cache is None else cache.test_time)
+        return ModelOutput(hidden=hidden, losses=losses if self.training else {}, metrics=metrics)
+
+    def _statistics(self, statistics: list[BlockStatistics], losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics of what the blocks told; adds the router's losses to ``losses``."""
+        metrics: dict[str, Tensor] = {}
+        if routings := [s.routing for s in statistics if s.routing is not None]:
             shares, entropies = routing_statistics(routings)
             metrics = {"tier_share": shares.detach(), "routing_entropy": entropies.detach()}
             losses |= routing_losses(shares, entropies, self.config.router, self.config.tiers.names)
-        return ModelOutput(hidden=self.norm(x), losses=losses if self.training else {}, metrics=metrics)
+        if usage := [s.expert_usage for s in statistics if s.expert_usage is not None]:
+            metrics["expert_usage"] = torch.stack(usage)
+        return metrics
 
-    def _extract(self, engram: Engrams, hidden: Tensor, cache: HRSCache | None) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Engrams [B, E, d] of the windows now complete (None if there are none), their positions [E], and the loss."""
-        engrams, ends, reconstruction = engram(hidden, None if cache is None else cache.engram)
-        if self.training and self.config.engram.dropout > 0:
-            # Drawn and applied on the device, in shapes that do not depend on it.
-            dropped = torch.rand((), device=hidden.device) < self.config.engram.dropout
-            ends = ends.masked_fill(dropped, self.max_seq_len)
-            reconstruction = reconstruction.masked_fill(dropped, 0.0)
-        return (engrams if engrams.shape[1] > 0 else None), ends, self.config.engram.recon_weight * reconstruction
+    @contextmanager
+    def reading_others(self) -> Iterator[None]:
+        if self.engram is None:
+            yield
+            return
+        self.engram.from_others = True
+        try:
+            yield
+        finally:
+            self.engram.from_others = False
 
-    @staticmethod
-    def _run_prefixed(block: nn.Module, x: Tensor, engrams: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The block on [engrams; tokens] in ordinary causal order, and the tokens' part of its output."""
-        n_engrams = engrams.shape[1]
-        joined = torch.cat((engrams, x), dim=1)
-        output, routing = block(joined, torch.arange(joined.shape[1], device=x.device))
-        return output[:, n_engrams:], routing
+    def project(self, states: Tensor) -> Tensor | None:
+        return None if self.locality is None else self.locality.projection(states)
 
     # ---- training ------------------------------------------------------------------------------------------------
+
+    def _all_losses(self, output: ModelOutput, context: WindowContext | None) -> dict[str, Tensor]:
+        """The losses of the blocks with those of the heads on the final states, all weighted."""
+        losses = dict(output.losses)
+        if self.placeholders is not None:
+            pooled = output.hidden[..., : self.d_model].mean(dim=1)
+            losses |= {name: _PLACEHOLDER_WEIGHTS[name] * loss for name, loss in self.placeholders(pooled).items()}
+        if self.loss_scales is not None:
+            if "entropy" in losses and not self.loss_scales.original:
+                losses["entropy"] = losses["entropy"] + self.loss_scales.weights["entropy"]  # 1 - H / ln n, not below 0
+            losses = self.loss_scales(losses)
+        if self.category is not None and output.category_logits is not None:
+            if context is None or context.category is None:
+                losses["category"] = output.category_logits.sum() * 0.0
+            else:
+                loss = self.category.loss(output.category_logits, context.category)
+                losses["category"] = self.config.category.weight * loss
+        return losses
+
+    @torch.no_grad()
+    def _observe_losses(self, engram: EngramMechanism, hidden: Tensor, tokens: Tensor) -> None:
+        """Tell the engrams what each position cost; the last one's target is not in the window."""
+        size = max(1, _OBSERVED_LOGITS // (len(tokens) * self.vocab_size))
+        losses = [
+            F.cross_entropy(self.unembed(states).float().transpose(1, 2), ids, reduction="none").mean(dim=0)
+            for states, ids in zip(hidden[:, :-1].split(size, 1), tokens[:, 1:].split(size, 1), strict=True)
+        ]
+        engram.observe_loss(torch.cat(losses))
 
     def set_progress(self, fraction: float) -> None:
         for module in self.modules():
             if isinstance(module, Router):
                 module.set_progress(fraction)
+        if self.engram is not None:
+            self.engram.set_progress(fraction)
+
+    def keep_observations(self) -> None:
+        if self.engram is not None:
+            self.engram.keep_observations()
+
+    def drop_observations(self) -> None:
+        if self.engram is not None:
+            self.engram.drop_observations()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {}

@@ -1,10 +1,15 @@
-"""Causal multi-head self-attention with rotary positions and optional extra keys; one path to train and to decode."""
+"""Causal multi-head self-attention: any kernel, any positions, optional extra keys; one path to train and to decode."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrs.config import ModelConfig
 from hrs.nn.cache import KeyValueCache
+from hrs.nn.kernels import ProductKernel, attend_by_scores, build_kernel, coarse_and_rest
+
+_ALIGNMENT = 8
+"""Widths that fused attention kernels take, in elements."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -28,29 +33,46 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def alibi_slopes(n_heads: int) -> Tensor:
+    """[H], 2^(-8 h / H) for h from 0: how fast each head forgets. Press et al. (2022) start at h = 1, HRS at 0."""
+    return 2.0 ** (-8 * torch.arange(n_heads, dtype=torch.float64) / n_heads)
+
+
 class Attention(nn.Module):
     """Multi-head attention in which a key is visible from its own position on.
 
+    ``attention.positions`` of the config decides what is done here: ``rotary`` turns queries and keys, ``alibi`` takes
+    slope * distance off the score, ``learned`` leaves positions to the model's embeddings.
+
+    A product kernel (see :mod:`hrs.nn.kernels`) runs fused, and so does ALiBi with it: -slope * (t - s) is slope * s up
+    to what all keys of a query share, hence one more coordinate of the key. The cache holds finished features.
+
     Args:
-        d_model: width, a multiple of ``2 * n_heads``.
-        n_heads: heads.
-        dropout: on attention weights and on the output.
+        config: the model's; gives width, heads, dropout (on attention weights and on the output) and positions.
         n_positions: positions 0 .. n_positions - 1 may occur.
-        rope_base: base of the rotary frequencies.
         n_extra_keys: room in the cache for keys that are not tokens.
     """
 
-    def __init__(
-        self, d_model: int, n_heads: int, *, dropout: float, n_positions: int, rope_base: float, n_extra_keys: int = 0
-    ) -> None:
+    fused: bool
+    """Whether it runs fused. May be set to False to take a product kernel through the whole matrix of scores."""
+    slopes: Tensor
+
+    def __init__(self, config: ModelConfig, *, n_positions: int, n_extra_keys: int = 0) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.d_head = d_model // n_heads
+        d_model, self.n_heads = config.d_model, config.n_heads
+        self.d_head = d_model // self.n_heads
         self.n_keys = n_positions + n_extra_keys
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.output = nn.Linear(d_model, d_model, bias=False)
-        self.rotary = RotaryEmbedding(self.d_head, n_positions, rope_base)
-        self.dropout = nn.Dropout(dropout)
+        positions = config.attention.positions
+        self.rotary = RotaryEmbedding(self.d_head, n_positions, config.rope_base) if positions == "rotary" else None
+        self.alibi = positions == "alibi"
+        if self.alibi:
+            self.register_buffer("slopes", alibi_slopes(self.n_heads).to(torch.get_default_dtype()), persistent=False)
+        self.kernel = build_kernel(config)
+        self.fused = isinstance(self.kernel, ProductKernel)
+        self.scale = self.kernel.scale if isinstance(self.kernel, ProductKernel) else 1.0
+        self.dropout = nn.Dropout(config.dropout)
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache for as many keys as there can be."""
@@ -63,6 +85,7 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
         memory: Tensor | None = None,
         memory_positions: Tensor | None = None,
+        query_scale: Tensor | None = None,
     ) -> Tensor:
         """Attend from tokens to all visible keys.
 
@@ -71,30 +94,66 @@ class Attention(nn.Module):
             positions: their positions [n], consecutive.
             cache: keys and values of earlier tokens; those of ``x`` and ``memory`` are added.
             memory: normalised vectors [B, E, d] that become keys and values but ask nothing themselves.
-            memory_positions: the position [E] of each, for rotation and visibility alike.
+            memory_positions: the position [E] of each, for rotation, distance and visibility alike.
+            query_scale: factor [B, H, n] of each query's scores, before ALiBi: an inverse temperature.
 
         Returns:
             [B, n, d], to be added to the residual stream.
         """
         qkv = self._heads(self.qkv(x), 3)
-        q, k = self.rotary(qkv[:2], positions).unbind(0)  # [B, H, n, d_head]
+        q, k = self._turned(qkv[:2], positions).unbind(0)  # [B, H, n, d_head]
         v = qkv[2]
         key_positions = positions
         if memory is not None and memory_positions is not None:
             memory_k, memory_v = self._heads(F.linear(memory, self.qkv.weight[self.qkv.in_features :]), 2).unbind(0)
-            k = torch.cat((self.rotary(memory_k, memory_positions), k), dim=2)  # [B, H, E + n, d_head]
+            k = torch.cat((self._turned(memory_k, memory_positions), k), dim=2)  # [B, H, E + n, d_head]
             v = torch.cat((memory_v, v), dim=2)
             key_positions = torch.cat((memory_positions, positions))
+        if self.fused:
+            q, k, v = self._features(q, k, v, key_positions, query_scale)
         if cache is not None:
             k, v, key_positions = cache.append(k, v, key_positions)
-        visible = None
-        is_causal = k.shape[2] == q.shape[2]  # the tokens themselves are the only keys
-        if not is_causal and (cache is None or q.shape[2] > 1):  # a single newest token sees the whole cache
-            visible = positions[:, None] >= key_positions[None, :]  # [n, S]
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=self.dropout.p if self.training else 0.0
-        )
+        dropout = self.dropout.p if self.training else 0.0
+        if self.fused:
+            visible = None
+            is_causal = k.shape[2] == q.shape[2]  # the tokens themselves are the only keys
+            if not is_causal and (cache is None or q.shape[2] > 1):  # a single newest token sees the whole cache
+                visible = positions[:, None] >= key_positions[None, :]  # [n, S]
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=dropout, scale=self.scale
+            )[..., : self.d_head]
+        else:
+            distance = positions[:, None] - key_positions[None, :]  # [n, S]
+            bias = -self.slopes[:, None, None] * distance if self.alibi else None
+            attended = attend_by_scores(
+                self.kernel, q, k, v, distance >= 0, bias=bias, query_scale=query_scale, dropout=dropout
+            )
         return self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+
+    def _features(
+        self, q: Tensor, k: Tensor, v: Tensor, key_positions: Tensor, query_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What fused attention gets: [B, H, n or S, F], all three of one width."""
+        assert isinstance(self.kernel, ProductKernel)
+        q, k = self.kernel.queries(q), self.kernel.keys(k)
+        if query_scale is not None:
+            q = q * query_scale.unsqueeze(-1)
+        if self.alibi:
+            # Two coordinates, because bfloat16 counts only to 256.
+            places = key_positions.to(torch.promote_types(k.dtype, torch.float32))
+            places = coarse_and_rest(places).to(k.dtype)  # [S, 2]
+            slopes = (self.slopes / self.scale).to(q.dtype)[:, None, None]
+            q = torch.cat((q, slopes.expand(*q.shape[:-1], 2)), dim=-1)
+            k = torch.cat((k, places.expand(*k.shape[:-1], 2)), dim=-1)
+        if k.shape[-1] != self.d_head:
+            # Fused kernels refuse unequal widths, and zeros add nothing to a product.
+            too_wide = k.shape[-1] > self.d_head
+            width = -(-k.shape[-1] // _ALIGNMENT) * _ALIGNMENT if too_wide else self.d_head
+            q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+        return q, k, v
+
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x if self.rotary is None else self.rotary(x, positions)
 
     def _heads(self, projected: Tensor, n: int) -> Tensor:
         """[B, T, n * d] to [n, B, H, T, d_head]."""

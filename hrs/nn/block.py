@@ -1,13 +1,19 @@
-"""One pre-norm transformer block: attention, then an MLP or routed tiers."""
+"""One pre-norm transformer block: attention or a convolution, then one or more feed-forward branches."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.attention import Attention
-from hrs.nn.cache import KeyValueCache
+from hrs.nn.cache import KeyValueCache, TailCache
+from hrs.nn.conv_mixer import ConvMixer
+from hrs.nn.cross_attention import CrossAttention
+from hrs.nn.engrams import BlockInputs
+from hrs.nn.engrams.synapse import Synapse
 from hrs.nn.feedforward import FeedForward
+from hrs.nn.peer import Peer
 from hrs.nn.tiers import RoutedTiers, TiersCache
 
 
@@ -15,59 +21,103 @@ from hrs.nn.tiers import RoutedTiers, TiersCache
 class BlockCache:
     """What one block remembers while decoding."""
 
-    attention: KeyValueCache
+    attention: KeyValueCache | None
+    conv: TailCache | None
     tiers: TiersCache | None
 
 
+@dataclass(slots=True)
+class BlockStatistics:
+    """What a block tells about one pass."""
+
+    routing: Tensor | None = None
+    """[B, n, n_tiers], weights of the tiers."""
+    expert_usage: Tensor | None = None
+    """[n_experts], weight that each product-key expert got; eval mode only."""
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+    """x + mix(norm(x)), then for every branch in ``feed_forward`` x + branch(norm(x)).
+
+    With ``memory`` engrams every second block reads their slots in between.
+    ``tiers`` and ``mlp`` share a norm, as in the original; ``peer`` has its own, and a scalar gate.
 
     Args:
         config: the model's.
+        index: which block, from 0.
         n_positions: positions 0 .. n_positions - 1 may occur.
         n_memory: vectors besides the tokens that the attention may be given.
     """
 
-    def __init__(self, config: ModelConfig, *, n_positions: int, n_memory: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, *, n_positions: int, n_memory: int) -> None:
         super().__init__()
         d, dropout = config.d_model, config.dropout
+        self.order = config.feed_forward
         self.attention_norm = nn.LayerNorm(d)
-        self.attention = Attention(
-            d,
-            config.n_heads,
-            dropout=dropout,
-            n_positions=n_positions,
-            rope_base=config.rope_base,
-            n_extra_keys=n_memory,
-        )
-        self.feed_forward_norm = nn.LayerNorm(d)
-        self.feed_forward: FeedForward | RoutedTiers
-        if config.feed_forward == "tiers":
-            self.feed_forward = RoutedTiers(config, n_positions)
-        else:
-            self.feed_forward = FeedForward(d, config.d_ff, dropout=dropout)
+        is_conv = index >= config.n_layers - config.conv_blocks
+        self.attention = None if is_conv else Attention(config, n_positions=n_positions, n_extra_keys=n_memory)
+        self.synapse = self._build_synapse(config, index)
+        # Every second block reads slots.
+        self.cross = CrossAttention(config) if config.engram.kind == "memory" and index % 2 else None
+        self.conv = ConvMixer(d, config.tiers.conv_kernel, dropout=dropout) if is_conv else None
+        has_peer = "peer" in self.order
+        self.feed_forward_norm = nn.LayerNorm(d) if self.order != ("peer",) or config.peer.idle_norm else None
+        self.tiers = RoutedTiers(config, n_positions) if config.routed else None
+        self.mlp = FeedForward(d, config.d_ff, dropout=dropout) if "mlp" in self.order else None
+        self.peer = Peer(config.peer, d, dropout=dropout) if has_peer else None
+        self.peer_norm = nn.LayerNorm(d) if has_peer else None
+        self.peer_gate = nn.Parameter(torch.tensor(0.1)) if has_peer and config.peer.gated else None
+
+    @staticmethod
+    def _build_synapse(config: ModelConfig, index: int) -> Synapse | None:
+        """The original has one in every block, though only those that see engrams use it."""
+        engram = config.engram
+        reads = engram.kind == "prefix" or index > engram.extraction_block(config.n_layers)
+        return Synapse(config.d_model, config.n_heads, engram.synapse_hidden) if engram.synapse and reads else None
 
     def new_cache(self) -> BlockCache:
-        tiers = self.feed_forward.new_cache() if isinstance(self.feed_forward, RoutedTiers) else None
-        return BlockCache(self.attention.new_cache(), tiers)
+        return BlockCache(
+            attention=None if self.attention is None else self.attention.new_cache(),
+            conv=None if self.conv is None else self.conv.new_cache(),
+            tiers=None if self.tiers is None else self.tiers.new_cache(),
+        )
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        memory: Tensor | None = None,
-        memory_positions: Tensor | None = None,
-        cache: BlockCache | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream [B, n, d] after this block and, if it routes, the weights [B, n, n_tiers].
+        self, x: Tensor, positions: Tensor, inputs: BlockInputs | None = None, cache: BlockCache | None = None
+    ) -> tuple[Tensor, BlockStatistics]:
+        """The residual stream [B, n, d] of tokens at ``positions`` [n] after this block, and what it tells."""
+        inputs = inputs or BlockInputs()
+        x = x + self._mix(x, positions, inputs, cache)
+        if self.cross is not None and inputs.slots is not None:
+            x = x + self.cross(x, inputs.slots)
+        statistics = BlockStatistics()
+        for name in self.order:
+            if name == "peer" and self.peer is not None and self.peer_norm is not None:
+                output, statistics.expert_usage = self.peer(self.peer_norm(x))
+                x = x + (output if self.peer_gate is None else self.peer_gate * output)
+                continue
+            assert self.feed_forward_norm is not None
+            normalised = self.feed_forward_norm(x)
+            if name == "tiers" and self.tiers is not None:
+                memory = None if cache is None else cache.tiers
+                x, statistics.routing, usage = self.tiers(x, normalised, positions, memory)
+                statistics.expert_usage = usage if statistics.expert_usage is None else statistics.expert_usage
+            elif self.mlp is not None:
+                x = x + self.mlp(normalised)
+        return x, statistics
 
-        ``memory`` [B, E, d] are vectors at ``memory_positions`` [E] that the attention reads besides the tokens.
-        """
+    def _mix(self, x: Tensor, positions: Tensor, inputs: BlockInputs, cache: BlockCache | None) -> Tensor:
+        normalised = self.attention_norm(x)
+        if self.conv is not None:
+            return self.conv(normalised, None if cache is None else cache.conv)
+        assert self.attention is not None
+        memory = inputs.memory
         if memory is not None:
             memory = self.attention_norm(memory)
+            if inputs.memory_gate is not None:
+                memory = memory * inputs.memory_gate.unsqueeze(-1)
+        query_scale = None
+        if self.synapse is not None and inputs.synapse_means is not None and inputs.synapse_index is not None:
+            query_scale = self.synapse(inputs.synapse_means)[:, inputs.synapse_index].mT  # [B, H, n]
         attention_cache = None if cache is None else cache.attention
-        x = x + self.attention(self.attention_norm(x), positions, attention_cache, memory, memory_positions)
-        normalised = self.feed_forward_norm(x)
-        if isinstance(self.feed_forward, RoutedTiers):
-            return self.feed_forward(x, normalised, positions, None if cache is None else cache.tiers)
-        return x + self.feed_forward(normalised), None
+        return self.attention(normalised, positions, attention_cache, memory, inputs.memory_positions, query_scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hrs.config import RouterConfig
 from hrs.nn.cache import TailCache
 
-RELATIVE_COST = {"conv": 0.0015, "expert": 0.111, "attention": 0.111, "sink": 0.0002}
+RELATIVE_COST = {"conv": 0.0015, "expert": 0.111, "peer": 0.111, "attention": 0.111, "sink": 0.0002}
 """Cost of a tier as a share of the original's dense layer, for the FLOPs loss. A table, not a measurement."""
 
 
@@ -69,19 +69,31 @@ def routing_statistics(routings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return shares, entropies
 
 
+def zipf_shares(n: int, exponent: float) -> list[float]:
+    """Shares of ranks 1 .. n by Zipf's law, k^-exponent over their sum: one hub, and ever less for the others."""
+    weights = [k**-exponent for k in range(1, n + 1)]
+    return [weight / sum(weights) for weight in weights]
+
+
 def routing_losses(
     shares: Tensor, entropies: Tensor, config: RouterConfig, tier_names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Weighted scalar losses, averaged over layers, from :func:`routing_statistics`.
 
     ``balance`` is n * sum p_k^2 (1 when uniform), ``entropy`` minus the entropy over ln n (in [-1, 0]), ``flops`` the
-    expected relative cost, present only if it has a weight.
+    expected relative cost, present only if it has a weight. With a ``hub_exponent``, ``hub`` takes the place of
+    ``balance``, and its weight: the squared distance of the shares, largest first, from :func:`zipf_shares`. The
+    original's text speaks of a Kullback-Leibler divergence there; its code, and this, do not compute one.
     """
     n_tiers = len(tier_names)
-    losses = {
-        "balance": config.balance_weight * n_tiers * shares.square().sum(dim=-1).mean(),
-        "entropy": -config.entropy_weight * entropies.mean() / max(math.log(n_tiers), 1e-9),
-    }
+    losses: dict[str, Tensor] = {}
+    if config.hub_exponent > 0:
+        ranked = shares.sort(dim=-1, descending=True).values  # [n_layers, n_tiers]
+        target = shares.new_tensor(zipf_shares(n_tiers, config.hub_exponent))
+        losses["hub"] = config.balance_weight * (ranked - target).square().sum(dim=-1).mean()
+    else:
+        losses["balance"] = config.balance_weight * n_tiers * shares.square().sum(dim=-1).mean()
+    losses["entropy"] = -config.entropy_weight * entropies.mean() / max(math.log(n_tiers), 1e-9)
     if config.flops_weight > 0:
         costs = shares.new_tensor([RELATIVE_COST[name] for name in tier_names])
         losses["flops"] = config.flops_weight * (shares @ costs).mean()

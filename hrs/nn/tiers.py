@@ -3,6 +3,7 @@
 All tiers are computed for all tokens: routing decides what a token gets, it saves no work.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from hrs.config import ModelConfig
 from hrs.nn.attention import Attention
 from hrs.nn.cache import TailCache
+from hrs.nn.conv_mixer import CausalConv
+from hrs.nn.peer import Peer
 from hrs.nn.router import Router
 
 # Every tier is called as tier(x, positions, cache); those without a memory take no notice of the last two.
@@ -23,19 +26,15 @@ class ConvTier(nn.Module):
 
     def __init__(self, d_model: int, kernel: int, *, dropout: float) -> None:
         super().__init__()
-        self.kernel = kernel
-        self.conv = nn.Conv1d(d_model, d_model, kernel, groups=d_model, bias=False)
+        self.conv = CausalConv(d_model, kernel)
         self.norm = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def new_cache(self) -> TailCache:
-        return TailCache(self.kernel - 1)
+        return self.conv.new_cache()
 
     def forward(self, x: Tensor, positions: Tensor, cache: TailCache | None = None) -> Tensor:
-        joined = x if cache is None else cache.extend(x)
-        missing = self.kernel - 1 - (joined.shape[1] - x.shape[1])  # zeros stand in front of the sequence
-        mixed = self.conv(F.pad(joined.transpose(1, 2), (missing, 0))).transpose(1, 2)  # [B, n, d]
-        return self.dropout(self.norm(mixed))
+        return self.dropout(self.norm(self.conv(x, cache)))
 
 
 class ExpertTier(nn.Module):
@@ -97,47 +96,63 @@ class TiersCache:
     tiers: dict[str, Any]
 
 
+def sparsify(x: Tensor, density: float) -> Tensor:
+    """softplus of [..., d] with only the ``density`` share of its largest entries kept, at least one."""
+    positive = F.softplus(x)
+    kept = positive.topk(max(1, int(density * x.shape[-1])), dim=-1)
+    return torch.zeros_like(positive).scatter(-1, kept.indices, kept.values)
+
+
 class RoutedTiers(nn.Module):
-    """The router and its tiers: residual stream + gate * sum_k weight_k * tier_k, then the sink's rescaling."""
+    """The router and its tiers: residual stream + gate * sum_k weight_k * tier_k, then the sink's rescaling.
+
+    With ``tiers.input_density`` below 1 the tiers read a sparse copy of their input (:func:`sparsify`); the router
+    always reads the dense one.
+    """
 
     def __init__(self, config: ModelConfig, n_positions: int) -> None:
         super().__init__()
         tiers, d, dropout = config.tiers, config.d_model, config.dropout
-        make = {
+        make: dict[str, Callable[[], nn.Module]] = {
             "conv": lambda: ConvTier(d, tiers.conv_kernel, dropout=dropout),
             "expert": lambda: ExpertTier(
                 d, tiers.n_experts, tiers.expert_hidden, dropout=dropout, renormalise_gate=tiers.renormalise_gate
             ),
-            "attention": lambda: Attention(
-                d, config.n_heads, dropout=dropout, n_positions=n_positions, rope_base=config.rope_base
-            ),
+            "peer": lambda: Peer(config.peer, d, dropout=dropout),
+            "attention": lambda: Attention(config, n_positions=n_positions),
             "sink": lambda: SinkTier(rescale=tiers.sink_rescale),
         }
         self.tiers = nn.ModuleDict({name: make[name]() for name in tiers.names})
         self.router = Router(config.router, d, len(tiers.names), n_positions)
         self.output_gate = nn.Parameter(torch.full((d,), 0.1))
         self.sink_index = tiers.names.index("sink") if "sink" in tiers.names else None
+        self.input_density = tiers.input_density
 
     def new_cache(self) -> TiersCache:
-        return TiersCache(
-            self.router.new_cache(),
-            {name: tier.new_cache() for name, tier in self.tiers.items()},  # type: ignore[operator]
-        )
+        caches = {name: None if isinstance(tier, Peer) else tier.new_cache() for name, tier in self.tiers.items()}  # type: ignore[operator]
+        return TiersCache(self.router.new_cache(), caches)
 
     def forward(
         self, residual: Tensor, x: Tensor, positions: Tensor, cache: TiersCache | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Update the residual stream [B, n, d] from its normalised copy ``x``.
 
         Returns:
-            The new residual stream and the routing weights [B, n, n_tiers].
+            The new residual stream, the routing weights [B, n, n_tiers], and in eval mode the weight that each expert
+            of a ``peer`` tier got, [n_experts].
         """
         routing = self.router(x, None if cache is None else cache.router)
         weights = routing.to(residual.dtype).unsqueeze(-1).unbind(dim=-2)  # n_tiers of [B, n, 1]
-        mixed = torch.zeros_like(residual)
+        if self.input_density < 1:
+            x = sparsify(x, self.input_density)
+        mixed, usage = torch.zeros_like(residual), None
         for weight, (name, tier) in zip(weights, self.tiers.items(), strict=True):
-            mixed = mixed + weight * tier(x, positions, None if cache is None else cache.tiers[name])
+            if isinstance(tier, Peer):
+                output, usage = tier(x)
+            else:
+                output = tier(x, positions, None if cache is None else cache.tiers[name])
+            mixed = mixed + weight * output
         residual = residual + self.output_gate * mixed
         if self.sink_index is not None:
             residual = self.tiers["sink"].rescale(residual, weights[self.sink_index])  # type: ignore[operator]
-        return residual, routing
+        return residual, routing, usage

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrs.config import RouterConfig
-from hrs.nn.router import RELATIVE_COST, Router, routing_losses, routing_statistics
+from hrs.nn.router import RELATIVE_COST, Router, routing_losses, routing_statistics, zipf_shares
 
 D, T = 8, 20
 TIERS = ("conv", "expert", "attention", "sink")
@@ -111,3 +111,27 @@ def test_a_weight_of_zero_has_a_finite_gradient() -> None:
     logits = torch.tensor([[[0.0, -1000.0, 0.0, 3.0]]], requires_grad=True)
     losses_of([logits.softmax(-1)])["entropy"].backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("n", "exponent", "shares"), [(3, 1.5, [0.647, 0.229, 0.125]), (2, 5.5, [0.978, 0.022])])
+def test_zipf_shares(n: int, exponent: float, shares: list[float]) -> None:
+    assert zipf_shares(n, exponent) == pytest.approx(shares, abs=6e-4)
+    assert sum(zipf_shares(n, exponent)) == pytest.approx(1)
+
+
+def test_hub_takes_the_place_of_balance() -> None:
+    """Squared distance of each layer's ranked shares from the target, whichever tier is the hub."""
+    routings = [torch.rand(2, 5, 4).double().softmax(-1) for _ in range(3)]
+    total = 0.0
+    for r in routings:
+        ranked = sorted(r.reshape(-1, 4).mean(0).tolist(), reverse=True)
+        total += sum((p - target) ** 2 for p, target in zip(ranked, zipf_shares(4, 1.5), strict=True)) / 3
+    losses = losses_of(routings, hub_exponent=1.5, balance_weight=0.3)
+    assert losses["hub"].item() == pytest.approx(0.3 * total)
+    assert losses.keys() == {"hub", "entropy"}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_hub_loss_is_zero_at_the_target_in_any_order(order: tuple[int, ...]) -> None:
+    shares = torch.tensor(zipf_shares(4, 1.5)).double()[list(order)]
+    assert losses_of([shares.expand(2, 3, 4)], hub_exponent=1.5)["hub"].item() == pytest.approx(0, abs=1e-12)

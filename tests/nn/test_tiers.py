@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hrs.config import ModelConfig, RouterConfig, TierConfig
-from hrs.nn.tiers import ConvTier, ExpertTier, RoutedTiers, SinkTier
+from hrs.nn.conv_mixer import ConvMixer
+from hrs.nn.tiers import ConvTier, ExpertTier, RoutedTiers, SinkTier, sparsify
 
 D, T = 8, 10
 POSITIONS = torch.arange(T)
@@ -20,7 +21,7 @@ def routed(names: tuple[str, ...] = ("conv", "expert", "attention", "sink"), **c
 
 def test_conv_equals_explicit_sum_over_past_inputs() -> None:
     tier, x = ConvTier(D, 3, dropout=0.0).double(), torch.randn(2, T, D).double()
-    taps = tier.conv.weight[:, 0]  # [d, 3], the last tap meets the newest token
+    taps = tier.conv.conv.weight[:, 0]  # [d, 3], the last tap meets the newest token
     rows = []
     for t in range(T):
         past = [taps[:, 2 - lag] * x[:, t - lag] for lag in range(3) if t - lag >= 0]
@@ -71,7 +72,7 @@ def test_mixture_equals_weighted_sum(names: tuple[str, ...]) -> None:
     """residual + gate * sum of weight * tier, in the configured order of the tiers."""
     layer = routed(names)
     residual, x = torch.randn(2, T, D).double(), torch.randn(2, T, D).double()
-    result, routing = layer(residual, x, POSITIONS)
+    result, routing, _ = layer(residual, x, POSITIONS)
     assert routing.shape == (2, T, len(names))
     mixed = sum(routing[..., [k]] * layer.tiers[name](x, POSITIONS) for k, name in enumerate(names))
     torch.testing.assert_close(result, residual + 0.1 * mixed, rtol=1e-6, atol=1e-6)
@@ -83,8 +84,8 @@ def test_sink_rescale_shrinks_the_whole_residual_stream() -> None:
     kappa = rescaled.tiers["sink"].kappa
     kappa.data.fill_(-0.3)
     rescaled.load_state_dict({**plain.state_dict(), "tiers.sink.kappa": kappa.data})
-    before, routing = plain(residual, x, POSITIONS)
-    after, _ = rescaled(residual, x, POSITIONS)
+    before, routing, _ = plain(residual, x, POSITIONS)
+    after, _, _ = rescaled(residual, x, POSITIONS)
     torch.testing.assert_close(after, before * (1 - routing[..., 3:] * (1 - 0.3)), rtol=1e-12, atol=1e-12)
 
 
@@ -109,3 +110,36 @@ def test_pieces_equal_the_whole() -> None:
         pieces.append(layer(x[:, part], x[:, part], torch.arange(start, start + n), cache)[0])
         start += n
     torch.testing.assert_close(torch.cat(pieces, 1), layer(x, x, POSITIONS)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_sparsify_keeps_the_largest_of_softplus() -> None:
+    x = torch.tensor([[0.5, -1.0, 2.0, 0.0], [3.0, 3.5, -9.0, 1.0]])
+    kept = sparsify(x, 0.5)
+    assert kept[0].nonzero().flatten().tolist() == [0, 2] and kept[1].nonzero().flatten().tolist() == [0, 1]
+    torch.testing.assert_close(kept[kept > 0], F.softplus(torch.tensor([0.5, 2.0, 3.0, 3.5])))
+    assert (sparsify(x, 0.0) > 0).sum(-1).tolist() == [1, 1]  # never nothing at all
+
+
+def test_sparse_tiers_leave_the_router_its_dense_input() -> None:
+    dense, sparse = routed(), routed(input_density=0.25)
+    sparse.load_state_dict(dense.state_dict())
+    residual, x = torch.randn(2, T, D).double(), torch.randn(2, T, D).double()
+    expected, routing, _ = dense(residual, sparsify(x, 0.25), POSITIONS)
+    result, same_routing, _ = sparse(residual, x, POSITIONS)
+    assert torch.equal(same_routing, dense.router(x))
+    mixed = sum(same_routing[..., [k]] * t(sparsify(x, 0.25), POSITIONS) for k, t in enumerate(dense.tiers.values()))
+    torch.testing.assert_close(result, residual + 0.1 * mixed, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(routing, same_routing) and not torch.equal(result, expected)
+
+
+def test_conv_mixer_mixes_channels_and_is_causal_in_pieces() -> None:
+    torch.manual_seed(0)
+    mixer, x = ConvMixer(D, 4, dropout=0.0).double(), torch.randn(2, T, D).double()
+    whole = mixer(x)
+    torch.testing.assert_close(whole, mixer.norm(mixer.output(mixer.conv(x))), rtol=0, atol=0)
+    changed = x.clone()
+    changed[:, 6:] += 1
+    assert torch.equal(mixer(changed)[:, :6], whole[:, :6])
+    cache = mixer.new_cache()
+    pieces = [mixer(piece, cache) for piece in x.split([1, 3, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,57 @@
+"""Cross-attention from the residual stream to slots from outside the text."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrs.config import ModelConfig
+
+
+class CrossAttention(nn.Module):
+    """Every token reads a few slots: gate * Wo attention(LN(x), LN(slots)), with neither mask nor positions.
+
+    Slots that are all zero are no slots yet, and the output is exactly 0. The output is also 0 at the start of
+    training, because Wo starts at 0 while the gate starts at 1: Wo learns from the first step on, the gate and the
+    other matrices as soon as Wo has moved (ReZero, Bachlechner et al. 2021, with the zero in the matrix).
+
+    With ``engram.as_original`` the slots are not normalised, the gate is sigmoid(0) = 0.5 at the start, and Wo keeps
+    the N(0, 0.02) of the model's general initialisation: a random vector is added to every token from the first
+    update of the slots on.
+
+    Args:
+        config: the model's; gives width, heads and dropout (on attention weights and on the output).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, self.n_heads = config.d_model, config.n_heads
+        self.as_original = config.engram.as_original
+        self.norm = nn.LayerNorm(d)
+        self.slot_norm = None if self.as_original else nn.LayerNorm(d)
+        self.query = nn.Linear(d, d, bias=False)
+        self.key = nn.Linear(d, d, bias=False)
+        self.value = nn.Linear(d, d, bias=False)
+        self.output = nn.Linear(d, d, bias=False)
+        self.gate = nn.Parameter(torch.tensor(0.0 if self.as_original else 1.0))
+        self.dropout = nn.Dropout(config.dropout)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start as no change at all. Runs after the model's general initialisation, which would undo it."""
+        if not self.as_original:
+            nn.init.zeros_(self.output.weight)
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        """What tokens [B, n, d] read of ``slots`` [S, d]: [B, n, d], to be added to the residual stream."""
+        memory = slots if self.slot_norm is None else self.slot_norm(slots)
+        q = self._heads(self.query(self.norm(x)))  # [B, H, n, d_head]
+        k = self._heads(self.key(memory)[None]).expand(len(x), -1, -1, -1)  # [B, H, S, d_head]
+        v = self._heads(self.value(memory)[None]).expand(len(x), -1, -1, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0)
+        output = self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+        gate = self.gate.sigmoid() if self.as_original else self.gate
+        return gate * slots.any() * output
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """[B, T, d] to [B, H, T, d_head]."""
+        return projected.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)

@@ -1,0 +1,81 @@
+"""Arithmetic on chosen rows of large tables that never copies those rows out: R rows of width w, K choices per row.
+
+CPU: sampled dense-dense products and ``embedding_bag``, each one pass over the chosen rows. CUDA: a Triton kernel for
+the dot products, torch's own ``embedding_bag`` for the sums. Where neither serves (half precision on the CPU, no
+Triton) dot products gather a bounded piece at a time. A row's result depends on that row alone, to the last bit.
+"""
+
+import warnings
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GATHER_BYTES = 32 * 2**20
+"""Most that :func:`gathered_dot` copies at a time where it has to copy."""
+
+
+def dot(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """x[r] . table[indices[r, j]], [R, K], of x [R, w], table [N, w] and indices [R, K]."""
+    if x.is_cuda and find_spec("triton") is not None:
+        from hrs.nn.expert_triton import triton_dot
+
+        return triton_dot(x, table, indices)
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return sampled_dot(x, table, indices)
+    return gathered_dot(x, table, indices)
+
+
+def sampled_dot(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """:func:`dot` as a matrix product evaluated at R x K places (SDDMM); float32 and float64."""
+    n_rows, n_choices = indices.shape
+    row_ends = torch.arange(0, indices.numel() + 1, n_choices, device=x.device)
+    with warnings.catch_warnings():
+        # Says once that CSR support is in beta, and once that its invariants go unchecked.
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)", category=UserWarning)
+        places = torch.sparse_csr_tensor(
+            row_ends,
+            indices.reshape(-1),
+            x.new_zeros(indices.numel()),
+            size=(n_rows, len(table)),
+            check_invariants=False,
+        )
+        return torch.sparse.sampled_addmm(places, x, table.t(), beta=0.0).values().view(n_rows, n_choices)
+
+
+def gathered_dot(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """:func:`dot` by copying the chosen rows, at most ``GATHER_BYTES`` of them at a time; every device and type."""
+    n_at_a_time = max(1, GATHER_BYTES // (indices.shape[1] * table.shape[1] * table.element_size()))
+    pieces = [
+        torch.bmm(table[chosen], part.unsqueeze(-1)).squeeze(-1)
+        for part, chosen in zip(x.split(n_at_a_time), indices.split(n_at_a_time), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def weighted_sum(weights: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """Sum over j of weights[r, j] * table[indices[r, j]], [R, w]."""
+    return F.embedding_bag(indices, table, per_sample_weights=weights.contiguous(), mode="sum")
+
+
+def table_gradient(weights: Tensor, x: Tensor, indices: Tensor, n_rows: int) -> Tensor:
+    """Row e is the sum of weights[r, j] * x[r] over all (r, j) with indices[r, j] = e; [n_rows, w]."""
+    order = indices.reshape(-1).to(torch.int32).argsort(stable=True)  # half the passes of an int64 radix sort
+    counts = torch.bincount(indices.reshape(-1), minlength=n_rows)
+    return _sum_of_groups(weights, x, order, counts)
+
+
+def touched_rows(weights: Tensor, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of :func:`table_gradient` that any choice met: their numbers [m], ascending, and values [m, w]."""
+    chosen, order = indices.reshape(-1).to(torch.int32).sort(stable=True)
+    rows, counts = chosen.unique_consecutive(return_counts=True)
+    return rows.long(), _sum_of_groups(weights, x, order, counts)
+
+
+def _sum_of_groups(weights: Tensor, x: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+    """[len(counts), w], sums of weights * x over consecutive groups of the pairs (row, choice) listed in ``order``."""
+    rows = torch.div(order, weights.shape[1], rounding_mode="floor")
+    starts = counts.cumsum(0) - counts
+    sorted_weights = weights.reshape(-1).index_select(0, order)
+    return F.embedding_bag(rows, x.contiguous(), starts, per_sample_weights=sorted_weights, mode="sum")

@@ -1,0 +1,127 @@
+"""Product-key retrieval (Lample et al. 2019): the best k of S * S experts by comparing with only 2 * S keys.
+
+Expert a * S + b has the score (query . key a of side 0) + (query . key b of side 1), so the best k experts are among
+the sums of each side's best k. Shapes: T tokens, H heads, c the keys' width. ``query`` is [T, H, 1, c] if both sides
+see the whole query, [T, H, 2, c] if each sees its half. ``keys`` is [2, H, S, c], or [2, 1, S, c] if heads share them.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrs.nn.expert_ops import chosen_sum, table_gradient
+
+SCORE_BYTES = 2 * 2**20
+"""Most that the scores of one side against all its keys take at a time; larger on a GPU, which wants more work."""
+CUDA_SCORE_BYTES = 128 * 2**20
+
+
+def retrieve(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Experts [T, H, k] int64, best first, and their scores [T, H, k].
+
+    Choosing has no gradient and the chosen scores have: none of the size of all scores [T, H, S] is ever made.
+    """
+    sides, scores = product_key_top_k(query, keys, k)
+    return sides[:, :, 0] * keys.shape[2] + sides[:, :, 1], scores
+
+
+def retrieve_naive(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`retrieve` through autograd of all scores, as the original did: the reference."""
+    n_keys = keys.shape[2]
+    query, keys = query.expand(-1, -1, 2, -1), keys.expand(-1, query.shape[1], -1, -1)
+    best = torch.einsum("thpc,phsc->thps", query, keys).topk(k, dim=-1)
+    sums = best.values[:, :, 0, :, None] + best.values[:, :, 1, None, :]  # [T, H, k, k]
+    experts = best.indices[:, :, 0, :, None] * n_keys + best.indices[:, :, 1, None, :]
+    scores, chosen = sums.flatten(-2).topk(k, dim=-1)
+    return experts.flatten(-2).gather(-1, chosen), scores
+
+
+@torch.library.custom_op("hrs::product_key_top_k", mutates_args=())
+def product_key_top_k(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k experts with the highest scores, best first: key of each side [T, H, 2, k] int64, and score [T, H, k]."""
+    n_tokens, n_heads, n_queries, _ = query.shape
+    _, _, n_keys, _ = keys.shape
+    limit = CUDA_SCORE_BYTES if query.is_cuda else SCORE_BYTES
+    n_at_a_time = max(1, limit // (n_heads * n_keys * query.element_size()))
+    out = torch.empty(n_tokens, n_heads, 2, k, dtype=torch.int64, device=query.device)
+    best = query.new_empty(n_tokens, n_heads, k)
+    left, right = (torch.tensor(places, device=query.device) for places in _possible_pairs(k))
+    for part, target, score in zip(*(x.split(n_at_a_time) for x in (query, out, best)), strict=True):
+        values, indices = [], []
+        for side in range(2):
+            scores = torch.matmul(part[:, :, side % n_queries].transpose(0, 1), keys[side].transpose(-1, -2))
+            indices.append(_best(scores, k))  # [H, t, k]
+            values.append(scores.gather(-1, indices[side]))
+        sums = values[0][..., left] + values[1][..., right]
+        chosen = _best(sums, k)
+        score.copy_(sums.gather(-1, chosen).transpose(0, 1))
+        for side, places in enumerate((left, right)):
+            target[:, :, side] = indices[side].gather(-1, places.take(chosen)).transpose(0, 1)
+    return out, best
+
+
+@product_key_top_k.register_fake
+def _(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = query.shape[:2]
+    return query.new_empty(*shape, 2, k, dtype=torch.int64), query.new_empty(*shape, k)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], output[0])
+    ctx.mark_non_differentiable(output[0])
+
+
+def _backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A chosen score is a sum of two products: its gradient goes to both sides."""
+    query, keys, sides = ctx.saved_tensors
+    n_tokens, n_heads, n_queries, width = query.shape
+    n_key_heads, n_keys = keys.shape[1:3]
+    table = keys.flatten(0, 2)
+    first = torch.arange(2 * n_key_heads, device=query.device).view(2, n_key_heads).t() * n_keys  # [1 or H, 2]
+    rows = (sides + first.unsqueeze(-1)).view(n_tokens * n_heads * n_queries, -1)
+    weights = grad.unsqueeze(2).expand_as(sides).reshape(rows.shape)
+    grad_query = chosen_sum(weights, table, rows).view_as(query) if ctx.needs_input_grad[0] else None
+    if not ctx.needs_input_grad[1]:
+        return grad_query, None, None
+    grad_keys = table_gradient(weights, query.reshape(-1, width), rows, len(table))
+    return grad_query, grad_keys.view_as(keys), None
+
+
+product_key_top_k.register_autograd(_backward, setup_context=_save)
+for _device in ("cpu", "cuda"):
+    # Choosing in bfloat16 would take other experts than those whose float32 scores are highest.
+    product_key_top_k.register_autocast(_device, torch.float32)
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Places of the k largest along the last dimension, largest first: ``topk``, several times faster on the CPU.
+
+    The k largest of many are within the k groups with the largest maxima, and NumPy sorts short rows with vector
+    instructions.
+    """
+    n, n_groups = scores.shape[-1], 4 * k
+    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+        return scores.topk(k, dim=-1).indices
+    if n <= 2 * n_groups:
+        ascending = np.argsort(scores.numpy(), axis=-1)
+        return torch.from_numpy(ascending[..., : -k - 1 : -1].copy())
+    if n % n_groups:
+        return scores.topk(k, dim=-1).indices
+    columns = scores.unflatten(-1, (-1, n_groups))  # [..., n / n_groups, n_groups]: a group is a column
+    groups = _best(columns.amax(dim=-2), k)
+    kept = columns.gather(-1, groups.unsqueeze(-2).expand(*columns.shape[:-1], k))  # [..., n / n_groups, k]
+    chosen = _best(kept.flatten(-2), k)
+    return torch.div(chosen, k, rounding_mode="floor") * n_groups + groups.gather(-1, chosen % k)
+
+
+@cache
+def _possible_pairs(k: int) -> tuple[list[int], list[int]]:
+    """Ranks (i, j), from 0, on the two sorted sides whose sum can be among the k largest.
+
+    (i + 1) * (j + 1) - 1 other sums are at least as large; for k = 16 this leaves 50 of 256 pairs.
+    """
+    pairs = [(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k]
+    return [i for i, _ in pairs], [j for _, j in pairs]
