@@ -113,7 +113,7 @@ def _from_ranks(path: Path) -> Tokenizer:
     """
     lines = (line.split() for line in path.read_bytes().splitlines() if line.strip())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    spell = _byte_spelling()
+    spell = byte_spelling()
     vocabulary = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -133,7 +133,7 @@ def _bpe(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def _byte_spelling() -> list[str]:
+def byte_spelling() -> list[str]:
     """GPT-2's printable character for each byte (Radford et al. 2019, ``bytes_to_unicode``)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (b for b in range(256) if b not in printable)

@@ -1,4 +1,9 @@
-"""Which tokens one training batch sees, and which tokens each evaluation window scores."""
+"""Which tokens one training batch sees, what stands before them and what they are about, and which tokens each
+evaluation window scores.
+
+A window reads the end of text in front of a document as that document's first token, since it predicts what follows: a
+window thus belongs to the document of its first target.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hrs.data.categories import TokenLabels
+from hrs.data.store import TokenSplit
 from hrs.errors import HRSError
 
 
@@ -33,11 +40,15 @@ class TrainingWindows:
         self._tokens, self._window, self._batch, self._seed = tokens, window, batch, seed
         self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)
 
+    def starts(self, step: int) -> NDArray[np.int64]:
+        """Positions [batch] of the first input of each window of a step >= 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch_starts(epoch)[index * self._batch : (index + 1) * self._batch]
+
     def batch(self, step: int) -> NDArray[np.int64]:
         """Token ids int64 [batch, window + 1] of a step >= 0: inputs are ``[:, :-1]``, targets ``[:, 1:]``."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        starts = self._epoch_starts(epoch)[index * self._batch : (index + 1) * self._batch]
-        return self._tokens[starts[:, None] + np.arange(self._window + 1)].astype(np.int64)  # [batch, window + 1]
+        positions = self.starts(step)[:, None] + np.arange(self._window + 1)  # [batch, window + 1]
+        return self._tokens[positions].astype(np.int64)
 
     def _epoch_starts(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
@@ -45,6 +56,30 @@ class TrainingWindows:
             offset = rng.integers(len(self._tokens) - self._n_windows * self._window)
             self._epoch, self._starts = epoch, offset + self._window * rng.permutation(self._n_windows)
         return self._starts
+
+
+def history(split: TokenSplit, starts: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """The ``n`` ids int64 [B, n] in front of windows that begin at ``starts`` [B], the last one next to the window.
+
+    They reach back to the end of text that opens the window's document, itself included; -1 stands where there is
+    nothing. A window that begins with that end of text has no history at all.
+    """
+    documents = split.document_of(starts + 1)
+    positions = starts[:, None] + np.arange(-n, 0)  # [B, n]
+    known = positions >= split.document_starts[documents][:, None] - 1
+    return np.where(known, split.tokens[np.maximum(positions, 0)].astype(np.int64), -1)
+
+
+def window_categories(labels: TokenLabels, starts: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """The label int64 [B] that most of the ``window`` inputs of each window have, the smaller one of two as frequent.
+
+    No label, -1, is one of them: a window mostly without is without.
+    """
+    by_token = labels.at(starts[:, None] + np.arange(window)) + 1  # [B, window], 0 for none
+    rows, n_labels = len(starts), int(by_token.max()) + 1
+    bins = np.arange(rows)[:, None] * n_labels + by_token
+    counts = np.bincount(bins.ravel(), minlength=rows * n_labels).reshape(rows, n_labels)
+    return counts.argmax(axis=1) - 1
 
 
 def evaluation_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,6 @@ It looks at nothing but the model itself, so it holds for models nobody has thou
         print(report)
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,13 +17,14 @@ import torch
 from hrs.evaluation.audit_checks import (
     batch_independence,
     cached_decode,
+    category_blindness,
     gradient,
     prefix_consistency,
     repeatability,
     suffix_flip,
     suffix_flip_training,
 )
-from hrs.evaluation.audit_probe import AuditTest, Probe
+from hrs.evaluation.audit_probe import AuditTest, draw_probe
 from hrs.evaluation.audit_training import random_tokens
 from hrs.models.base import LanguageModel
 
@@ -66,6 +66,7 @@ class AuditReport:
 def audit(model: LanguageModel, *, seed: int = 0, random_token_training: bool = False) -> AuditReport:
     """Audit a model through its interface alone; a few seconds for a million parameters on one core.
 
+    A model that can use what stands before a window, or learns the topics of windows, gets both at random.
     Works on float64 copies in evaluation mode: the model, its mode and the random generators are left as they were.
 
     Args:
@@ -75,7 +76,7 @@ def audit(model: LanguageModel, *, seed: int = 0, random_token_training: bool = 
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(i for i in cuda if i is not None)):
         torch.manual_seed(seed)
-        probe = _probe(model, seed)
+        probe = draw_probe(model, seed, min(model.max_seq_len, LONGEST_PROBE))
         tests = [
             repeatability(probe),
             suffix_flip(probe),
@@ -85,21 +86,11 @@ def audit(model: LanguageModel, *, seed: int = 0, random_token_training: bool = 
             gradient(probe),
             cached_decode(probe),
         ]
+        if model.n_categories:
+            tests.append(category_blindness(probe))
         if random_token_training:
             tests.append(random_tokens(model, seed))
     return AuditReport(tests)
-
-
-def _probe(model: LanguageModel, seed: int) -> Probe:
-    double = copy.deepcopy(model).double().eval()
-    double.zero_grad(set_to_none=True)
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2, min(model.max_seq_len, LONGEST_PROBE))
-    tokens = torch.randint(model.vocab_size, shape, generator=generator)
-    shift = torch.randint(1, model.vocab_size, shape, generator=generator)
-    device = next(model.parameters()).device
-    changed = (tokens + shift) % model.vocab_size
-    return Probe(model=double, tokens=tokens.to(device), changed=changed.to(device), seed=seed)
 
 
 def _test_from(values: Mapping[str, object]) -> AuditTest:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrs.evaluation.audit_probe import Inputs, Pass
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Region:
@@ -36,6 +38,8 @@ class Region:
         if tensor.ndim < 2 or tensor.shape[0] != self.n_rows:
             return None, tensor
         row = tensor[: self.protected_rows]
+        if self.protected_positions == self.n_positions:
+            return row, None  # the region is all of the row, whatever its other dimensions mean
         if tensor.shape[1] == self.n_positions:
             return row[:, : self.protected_positions], None
         if tensor.ndim == 4 and tensor.shape[2] == self.n_positions:
@@ -70,14 +74,12 @@ class _Call:
     """The live tensors, held so that no later one takes their identity."""
 
 
-def find_culprit(
-    model: nn.Module, run: Callable[[nn.Module, Tensor], Any], first: Tensor, second: Tensor, region: Region
-) -> Culprit | None:
+def find_culprit(model: nn.Module, run: Pass, first: Inputs, second: Inputs, region: Region) -> Culprit | None:
     """The module at which two passes part inside ``region``; None if none does.
 
     Args:
         model: left as it is; each pass runs on a copy, so that state kept between passes cannot matter.
-        run: one pass of a model over tokens [B, T].
+        run: one pass of a model.
         first, second: inputs that agree inside the region.
         region: with B and T of these inputs.
     """
@@ -110,7 +112,7 @@ def _producer(module: str, call: _Call, carrier: str | None, summaries: list[tup
     return names[-1] if names else None
 
 
-def _watch(model: nn.Module, run: Callable[[nn.Module, Tensor], Any], tokens: Tensor) -> dict[tuple[str, int], _Call]:
+def _watch(model: nn.Module, run: Pass, inputs: Inputs) -> dict[tuple[str, int], _Call]:
     """All calls of all modules by (name, how many calls of it came before), in the order in which they finished."""
     model = copy.deepcopy(model)
     calls: dict[tuple[str, int], _Call] = {}
@@ -132,7 +134,7 @@ def _watch(model: nn.Module, run: Callable[[nn.Module, Tensor], Any], tokens: Te
         return hook
 
     handles = [m.register_forward_hook(watch(name), with_kwargs=True) for name, m in model.named_modules()]
-    run(model, tokens)
+    run(model, inputs)
     for handle in handles:
         handle.remove()
     return calls

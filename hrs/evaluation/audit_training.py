@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hrs.evaluation.audit_probe import AuditTest
+from hrs.evaluation.audit_probe import AuditTest, random_context
 from hrs.models.base import LanguageModel
 
 STEPS = 300
@@ -40,7 +40,8 @@ def random_tokens(model: LanguageModel, seed: int, steps: int = STEPS) -> AuditT
 
     def losses() -> Tensor:
         tokens = torch.randint(n_ids, shape, generator=generator).to(device)
-        logits = model(tokens[:, :-1]).logits
+        context = random_context(model, shape[0], n_ids, generator)
+        logits = model(tokens[:, :-1], context and context.to(device)).logits
         return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")  # [B, T]
 
     with torch.enable_grad():
@@ -49,6 +50,7 @@ def random_tokens(model: LanguageModel, seed: int, steps: int = STEPS) -> AuditT
             losses().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            model.keep_observations()
             schedule.step()
     model.eval()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrs.models.base import LanguageModel
+from hrs.models.base import LanguageModel, WindowContext
 
 
 def effective_rank(states: Tensor) -> float:
@@ -45,13 +45,13 @@ def block_outputs(model: LanguageModel) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def flops_per_token(model: LanguageModel, tokens: Tensor) -> float:
-    """Operations that a forward pass over tokens [B, T] really runs, over B * T.
+def flops_per_token(model: LanguageModel, tokens: Tensor, context: WindowContext | None = None) -> float:
+    """Operations that a forward pass over tokens [B, T] really runs, those on their history included, over B * T.
 
     Counted from the matrix products and convolutions dispatched, so work that a model computes and then discards (the
     masked half of attention, experts not chosen) counts.
     """
     # The fused CPU attention kernel has no formula in the counter; the plain one is made of products that do.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens)
+        model(tokens, context)
     return counter.get_total_flops() / tokens.numel()

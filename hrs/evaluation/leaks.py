@@ -1,7 +1,7 @@
 """Known leaks, each in a model of a page: an audit that lets one of them pass has stopped working.
 
-Every leak is one small module between a causal attention and a position-wise MLP. The same skeleton with a causal
-module in that place is the control.
+Most leaks are one small module between a causal attention and a position-wise MLP. The same skeleton with a causal
+module in that place is the control. Others come in with what stands before a window, or with what it is about.
 
     report = audit(LEAKS["finite_mask"].build())
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hrs.models.base import Cache, LanguageModel, ModelOutput
+from hrs.models.base import Cache, LanguageModel, ModelOutput, WindowContext
 
 # ---- the modules -----------------------------------------------------------------------------------------------------
 
@@ -111,10 +111,11 @@ class SkeletonBlock(nn.Module):
 
 
 class RerunCache(Cache):
-    """Keeps the tokens themselves."""
+    """Keeps the tokens themselves, and their history."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, history: Tensor | None) -> None:
         self.tokens = torch.empty(batch_size, 0, dtype=torch.long)
+        self.context = WindowContext(history)
 
 
 class SkeletonLM(LanguageModel):
@@ -126,6 +127,7 @@ class SkeletonLM(LanguageModel):
         super().__init__()
         self.vocab_size = vocab_size
         self.max_seq_len = max_seq_len
+        self.d_model = width
         self.embedding = nn.Embedding(vocab_size, width)
         self.position = nn.Parameter(torch.randn(max_seq_len, width) * 0.1)
         self.blocks = nn.ModuleList(SkeletonBlock(width, mixer(width)) for _ in range(2))
@@ -135,10 +137,14 @@ class SkeletonLM(LanguageModel):
     def input_embedding(self) -> nn.Module:
         return self.embedding
 
-    def encode(self, tokens: Tensor) -> ModelOutput:
+    def embed(self, tokens: Tensor, context: WindowContext) -> Tensor:
+        """Input [B, T, d] of the first block."""
+        return self.embedding(tokens) + self.position[: tokens.shape[1]]
+
+    def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         if tokens.shape[1] > self.max_seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens exceed max_seq_len {self.max_seq_len}")
-        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        x = self.embed(tokens, context or WindowContext())
         for block in self.blocks:
             x = block(x)
         return ModelOutput(hidden=self.norm(x))
@@ -146,19 +152,81 @@ class SkeletonLM(LanguageModel):
     def unembed(self, hidden: Tensor) -> Tensor:
         return hidden @ self.embedding.weight.T
 
-    def new_cache(self, batch_size: int) -> Cache:
-        return RerunCache(batch_size)
+    def new_cache(self, batch_size: int, history: Tensor | None = None) -> Cache:
+        return RerunCache(batch_size, history)
 
     def decode(self, tokens: Tensor, cache: Cache) -> ModelOutput:
         assert isinstance(cache, RerunCache)
         cache.tokens = torch.cat([cache.tokens.to(tokens.device), tokens], dim=1)
         cache.length = cache.tokens.shape[1]
-        output = self.encode(cache.tokens)
+        output = self.encode(cache.tokens, cache.context)
         hidden = output.hidden[:, -tokens.shape[1] :]
         return ModelOutput(hidden=hidden, logits=self.unembed(hidden))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"backbone": list(self.parameters())}
+
+
+class HistoryLM(SkeletonLM):
+    """Adds the mean embedding of a window's history, through a module of its own, to every token of the window."""
+
+    history_tokens = 6
+
+    def __init__(self, recall: Callable[[int], nn.Module], *, vocab_size: int = 31, max_seq_len: int = 24) -> None:
+        super().__init__(lambda width: CausalMean(), vocab_size=vocab_size, max_seq_len=max_seq_len)
+        self.recall = recall(self.d_model)
+
+    def embed(self, tokens: Tensor, context: WindowContext) -> Tensor:
+        x = super().embed(tokens, context)
+        if context.history is None:
+            return x
+        known = (context.history >= 0)[..., None]  # [B, history_tokens, 1]
+        mean = (self.embedding(context.history.clamp_min(0)) * known).sum(1) / known.sum(1).clamp_min(1)  # [B, d]
+        return x + self.recall(mean)[:, None]
+
+
+class TopicLM(SkeletonLM):
+    """Adds an embedding of the window's topic, which is known only once the window has been read."""
+
+    n_categories = 5
+
+    def __init__(self) -> None:
+        super().__init__(lambda width: CausalMean())
+        self.topic = nn.Embedding(self.n_categories, self.d_model)
+
+    def embed(self, tokens: Tensor, context: WindowContext) -> Tensor:
+        x = super().embed(tokens, context)
+        return x if context.category is None else x + self.topic(context.category)[:, None]
+
+
+class OnceObserved(nn.Module):
+    """Adds the mean over the sequence once a training pass has been kept, and until then nothing at all."""
+
+    seen: Tensor
+    open: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("open", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        return self.open * x.mean(1, keepdim=True).expand_as(x)
+
+    def keep(self) -> None:
+        """The passes so far count."""
+        self.open.copy_((self.seen > 0).to(self.open.dtype))
+
+
+class ObservantLM(SkeletonLM):
+    """Tells its modules when a training pass is to be kept."""
+
+    def keep_observations(self) -> None:
+        for module in self.modules():
+            if isinstance(module, OnceObserved):
+                module.keep()
 
 
 # ---- what the audit must say -----------------------------------------------------------------------------------------
@@ -168,41 +236,72 @@ class SkeletonLM(LanguageModel):
 class Leak:
     """A fixture and the verdict it must get."""
 
-    mixer: Callable[[int], nn.Module]
-    """The module in question, by its width."""
+    model: Callable[[], SkeletonLM]
+    """The model with the module in question, freshly initialised."""
     reason: str
     """Why it is not causal; empty for the control."""
+    through: str = ""
+    """Name of the module that the audit must blame, or how it ends; empty for the model itself, or where none leaks."""
     fails: frozenset[str] = frozenset()
     """Names of the audit's tests that must fail; all others must pass."""
 
     def build(self) -> SkeletonLM:
         """A freshly initialised model; draws from the global torch generator."""
-        return SkeletonLM(self.mixer)
+        return self.model()
+
+
+def _skeleton_with(mixer: Callable[[int], nn.Module]) -> Callable[[], SkeletonLM]:
+    return lambda: SkeletonLM(mixer)
 
 
 _SEES_THE_FUTURE = frozenset({"suffix_flip", "suffix_flip_training", "prefix_consistency", "gradient", "cached_decode"})
 
 LEAKS: Mapping[str, Leak] = {
-    "control": Leak(mixer=lambda width: CausalMean(), reason=""),
+    "control": Leak(model=_skeleton_with(lambda width: CausalMean()), reason=""),
+    "history_control": Leak(model=lambda: HistoryLM(lambda width: nn.Linear(width, width)), reason=""),
     "finite_mask": Leak(
-        mixer=FiniteMaskRoute,
+        model=_skeleton_with(FiniteMaskRoute),
         reason="a row with every entry at -1e4 is uniform after sparsemax, so position 0 reads the whole sequence",
+        through="mixer",
         fails=_SEES_THE_FUTURE,
     ),
     "batch_centring": Leak(
-        mixer=lambda width: BatchCentring(),
+        model=_skeleton_with(lambda width: BatchCentring()),
         reason="the mean over the batch carries the other rows",
+        through="mixer",
         fails=frozenset({"batch_independence"}),
     ),
     "symmetric_convolution": Leak(
-        mixer=SymmetricConvolution,
+        model=_skeleton_with(SymmetricConvolution),
         reason="padding on both sides lets the last tap read the next token",
+        through="mixer",
         fails=_SEES_THE_FUTURE,
     ),
     "expert_choice": Leak(
-        mixer=ExpertChoice,
+        model=_skeleton_with(ExpertChoice),
         reason="whether a position is among the chosen half depends on the scores of later positions",
+        through="mixer",
         # Membership is a step function: no gradient tells of it.
         fails=_SEES_THE_FUTURE - {"gradient"},
+    ),
+    "history_of_the_batch": Leak(
+        model=lambda: HistoryLM(lambda width: BatchCentring()),
+        reason="what stands before a window is centred with what stands before the other windows of the batch",
+        through="recall",
+        fails=frozenset({"batch_independence"}),
+    ),
+    "once_observed": Leak(
+        model=lambda: ObservantLM(lambda width: OnceObserved()),
+        reason="a mean over the whole sequence is let in by a buffer that only training fills",
+        through="mixer",
+        # The others try the model as it is, which before any training is causal.
+        fails=frozenset({"suffix_flip", "suffix_flip_training"}),
+    ),
+    "topic_reader": Leak(
+        model=TopicLM,
+        reason="the topic of a window is a label of all its tokens, later ones included",
+        through="topic",
+        # Whoever decodes has no topic yet.
+        fails=frozenset({"category_blindness", "cached_decode"}),
     ),
 }

@@ -19,9 +19,12 @@ from torch.nn import functional as F
 from hrs.data.store import TokenSplit, TokenStore
 from hrs.data.windows import evaluation_windows
 from hrs.errors import HRSError
+from hrs.evaluation.category import category_scores
 from hrs.evaluation.diagnostics import block_outputs, effective_rank, flops_per_token
+from hrs.evaluation.reading import read_windows
 from hrs.evaluation.result import Evaluation
 from hrs.models.base import LanguageModel
+from hrs.nn.peer import expert_statistics
 
 RANK_ROWS = 4096
 """States per block, at most, of which the effective rank is taken."""
@@ -37,6 +40,8 @@ def evaluate(
     batch_windows: int = 16,
 ) -> Evaluation:
     """Score a split with overlapping windows of the model's full context, on the model's device and in its precision.
+
+    A model that can use what stands before a window in its document gets it.
 
     Args:
         stride_frac: step between windows over ``max_seq_len``; each target but the first has at least
@@ -76,14 +81,14 @@ def _evaluate(
     sampled = np.zeros(len(text), dtype=bool)
     sampled[1 + np.random.default_rng(0).choice(n_targets, min(RANK_ROWS, n_targets), replace=False)] = True
     states: list[list[Tensor]] = [[] for _ in model.blocks]
-    shares, entropies = [], []
+    metrics: dict[str, Tensor] = {}
 
     with block_outputs(model) as outputs:
         for batch in np.split(windows, range(batch_windows, len(windows), batch_windows)):
             starts, first_scored = batch[:, :1], batch[:, 1:]
             targets = starts + 1 + np.arange(length)  # [B, T], positions in the text
-            ids = torch.from_numpy(text.tokens[starts + np.arange(length + 1)].astype(np.int64)).to(device)
-            output = model.encode(ids[:, :-1])
+            ids, context = read_windows(model, text, starts[:, 0], length)
+            output = model.encode(ids[:, :-1], context)
             losses = target_losses(model, output.hidden, ids[:, 1:])
             scored = targets >= first_scored
             nats[targets[scored]] = losses[scored]
@@ -92,9 +97,9 @@ def _evaluate(
             rows = torch.from_numpy(scored & sampled[targets]).to(device)
             for collected, stream in zip(states, outputs, strict=True):
                 collected.append(stream[:, -length:][rows].cpu())  # a block may see a prefix before the tokens
-            if "tier_share" in output.metrics:
-                shares.append(output.metrics["tier_share"].double().cpu().numpy() * len(batch))
-                entropies.append(output.metrics["routing_entropy"].double().cpu().numpy() * len(batch))
+            for name, value in output.metrics.items():
+                weight = 1 if name == "expert_usage" else len(batch) / len(windows)  # a sum among means
+                metrics[name] = metrics.get(name, 0) + weight * value.double().cpu()
 
     assert n_scored == n_targets, (n_scored, n_targets)
     if not np.isfinite(nats[1:]).all():
@@ -102,20 +107,50 @@ def _evaluate(
         raise HRSError(f"the loss of {bad} of {n_targets} tokens is not finite: training diverged, try a lower peak_lr")
     documents = document_table(text, store.topics, nats)
     text_nats = float(documents["text_nats"].to_numpy().sum())
+    bits_of_nats = 1 / (math.log(2) * int(text.n_bytes.sum()))
     nats_per_token = float(nats[1:].sum() / n_targets)
+    sample = [torch.cat(rows) for rows in states]
+    projected = [p for rows in sample if (p := model.project(rows.to(device))) is not None]
+    experts = [expert_statistics(layer) for layer in metrics.get("expert_usage", ())]
     return Evaluation(
         nats_per_token=nats_per_token,
         perplexity=float(np.exp(nats_per_token)),
-        bits_per_byte=text_nats / (math.log(2) * int(text.n_bytes.sum())),
+        bits_per_byte=bits_of_nats * text_nats,
+        bits_per_byte_shuffled=_shuffled(model, text, windows, length, batch_windows, bits_of_nats),
         word_perplexity=float(np.exp(text_nats / int(text.n_words.sum()))),
         n_tokens=n_targets,
         loss_by_position=by_position / len(windows),
-        flops_per_token=flops_per_token(model, ids[:1, :-1]),
-        effective_rank=[effective_rank(torch.cat(rows)) for rows in states],
-        routing_entropy=(np.sum(entropies, axis=0) / len(windows)).tolist() if entropies else [],
-        tier_share=(np.sum(shares, axis=0) / len(windows)).tolist() if shares else [],
+        flops_per_token=flops_per_token(model, ids[:1, :-1], None if context is None else context.rows(slice(1))),
+        effective_rank=[effective_rank(rows) for rows in sample],
+        effective_rank_projected=[effective_rank(rows) for rows in projected],
+        routing_entropy=metrics["routing_entropy"].tolist() if "routing_entropy" in metrics else [],
+        tier_share=metrics["tier_share"].tolist() if "tier_share" in metrics else [],
+        expert_coverage=[layer["coverage"] for layer in experts],
+        expert_unevenness=[layer["unevenness"] for layer in experts],
+        dead_experts=[round(layer["dead"]) for layer in experts],
         documents=documents,
+        **(category_scores(model, store, split, batch_windows) if model.n_categories else {}),
     )
+
+
+def _shuffled(
+    model: LanguageModel, text: TokenSplit, windows: NDArray[np.int64], length: int, batch_windows: int, scale: float
+) -> float | None:
+    """Loss of the text times ``scale`` when every window reads the summaries of another, far from its own."""
+    if not model.summarises or len(windows) < 2:
+        return None
+    nats = np.zeros(len(text))
+    # In their own order windows overlap with their neighbours, whose summaries would be half their own.
+    order = np.random.default_rng(0).permutation(windows)
+    with model.reading_others():
+        for batch in np.array_split(order, max(1, len(order) // max(2, batch_windows))):
+            ids, context = read_windows(model, text, batch[:, 0], length)
+            losses = target_losses(model, model.encode(ids[:, :-1], context).hidden, ids[:, 1:])
+            targets = batch[:, :1] + 1 + np.arange(length)  # [B, T], positions in the text
+            scored = targets >= batch[:, 1:]
+            nats[targets[scored]] = losses[scored]
+    nats[text.document_starts[1:] - 1] = 0.0  # end of text is no part of it
+    return scale * float(nats[1:].sum())
 
 
 def target_losses(model: LanguageModel, hidden: Tensor, targets: Tensor) -> NDArray[np.float64]:

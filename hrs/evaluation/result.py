@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,25 @@ class Evaluation:
     """Per block, nats, mean over all windows; empty without a router."""
     tier_share: list[list[float]]
     """Per block and tier: mean routing weight over all windows; empty without a router."""
+    bits_per_byte_shuffled: float | None = None
+    """Bits per byte when every window reads the summaries (engrams) of another window: as low as the true one where
+    their content is not used. None without summaries."""
+    expert_coverage: list[float] = field(default_factory=list)
+    """Per block: share of the experts that any token of any window retrieved; empty without PEER."""
+    expert_unevenness: list[float] = field(default_factory=list)
+    """Per block: Kullback-Leibler divergence in nats of the experts' retrieval weights from uniform ones, between 0 and
+    the logarithm of their number; empty without PEER."""
+    dead_experts: list[int] = field(default_factory=list)
+    """Per block: experts that no token retrieved; empty without PEER."""
+    effective_rank_projected: list[float] = field(default_factory=list)
+    """Per block: the effective rank after the locality projection, which is how the original measured all models but
+    its baseline; empty without a locality head."""
+    category_accuracy: float | None = None
+    """Share of held-out windows whose topic the categorisation head names; None without one."""
+    category_majority: float | None = None
+    """What always naming the commonest topic of the training text would reach on these windows."""
+    category_probe: float | None = None
+    """What logistic regression on the mean final states of training windows reaches on them."""
     documents: pa.Table
     """One row per document: document, title, topic, nats (all its targets), text_nats (without its end-of-text),
     tokens (targets), bytes, words."""
@@ -49,8 +68,16 @@ class Evaluation:
         names = ("nats_per_token", "perplexity", "bits_per_byte", "word_perplexity", "flops_per_token")
         metrics = {name: float(getattr(self, name)) for name in names}
         metrics["effective_rank"] = float(np.mean(self.effective_rank))
-        if self.routing_entropy:
-            metrics["routing_entropy"] = float(np.mean(self.routing_entropy))
+        by_block = (
+            "effective_rank_projected",
+            "routing_entropy",
+            "expert_coverage",
+            "expert_unevenness",
+            "dead_experts",
+        )
+        metrics |= {name: float(np.mean(getattr(self, name))) for name in by_block if getattr(self, name)}
+        optional = ("bits_per_byte_shuffled", "category_accuracy", "category_majority", "category_probe")
+        metrics |= {name: getattr(self, name) for name in optional if getattr(self, name) is not None}
         for index, share in enumerate(np.mean(self.tier_share, axis=0) if self.tier_share else []):
             metrics[f"tier_share_{index}"] = float(share)
         return metrics
@@ -68,7 +95,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, directory: Path) -> "Evaluation":
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, now or before it knew of experts, projections and topics.
 
         Raises:
             HRSError: if a file is missing or unreadable.

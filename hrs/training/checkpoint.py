@@ -1,7 +1,7 @@
 """Checkpoints that survive SIGKILL at any moment, and are refused when they are not whole.
 
     <run>/checkpoints/step_00000050/weights.safetensors     the model's state_dict
-                                    trainer.safetensors     AdamW moments by parameter name, RNG states
+                                    trainer.safetensors     optimiser state by parameter name, RNG states
                                     state.json              format, config, counters, SHA-256 of everything
 
 Written to a hidden folder, synced to disk, then renamed: a folder ``step_*`` is complete or was damaged later, which
@@ -31,7 +31,6 @@ from hrs.training.randomness import get_rng, set_rng
 FORMAT = 1
 KEEP = 2
 WEIGHTS, TRAINER, STATE = "weights.safetensors", "trainer.safetensors", "state.json"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class Checkpoint:
     path: Path
     weights: dict[str, Tensor]
     trainer: dict[str, Tensor]
-    """``moments/<kind>/<parameter>`` and ``rng/<device type>``."""
+    """``moments/<kind>/<parameter>``, every tensor of the optimiser's state, and ``rng/<device type>``."""
     state: dict[str, Any]
     """``step``, ``config``, ``data`` and the counters the loop keeps."""
 
@@ -89,12 +88,11 @@ def save_checkpoint(
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW state by parameter name. Parameters that have only rested have none."""
+    """Optimiser state by parameter name. Parameters that have only rested have none."""
     return {
-        f"moments/{kind}/{name}": optimizer.state[parameter][kind].detach().contiguous()
+        f"moments/{kind}/{name}": value.detach().contiguous()
         for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for kind in _MOMENTS
+        for kind, value in optimizer.state.get(parameter, {}).items()
     }
 
 
@@ -158,10 +156,11 @@ def read_latest(directory: Path) -> Checkpoint | None:
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Put weights, moments and random states back, exactly."""
     _load_weights(checkpoint, model)
-    for name, parameter in model.named_parameters():
-        kinds = {kind: checkpoint.trainer.get(f"moments/{kind}/{name}") for kind in _MOMENTS}
-        if kinds["step"] is not None:
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in kinds.items() if v is not None}
+    parameters = dict(model.named_parameters())
+    for key, value in checkpoint.trainer.items():
+        if key.startswith("moments/"):
+            _, kind, name = key.split("/", 2)
+            optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
     set_rng({k.removeprefix("rng/"): v for k, v in checkpoint.trainer.items() if k.startswith("rng/")}, device)
 
 

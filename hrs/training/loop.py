@@ -17,9 +17,11 @@ import torch
 
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore
-from hrs.data.windows import TrainingWindows
+from hrs.data.categories import token_labels
+from hrs.data.windows import TrainingWindows, history, window_categories
 from hrs.errors import HRSError
 from hrs.models import build_model
+from hrs.models.base import WindowContext
 from hrs.training.activations import checkpoint_activations
 from hrs.training.checkpoint import config_as_json, read_latest, restore, save_checkpoint
 from hrs.training.interval import IntervalMeans
@@ -104,6 +106,11 @@ class _Run:
                 f"the token store has {store.vocab_size} ids and the model {model.vocab_size}: "
                 f"open the store of this experiment's data, tokenizer {config.data.tokenizer}"
             )
+        if runtime.compile and training.optimizer.expert_updates == "lazy":
+            raise HRSError(
+                "a compiled model has no sparse gradients, which training.optimizer.expert_updates=lazy needs: "
+                "use expert_updates=dense, or do not compile"
+            )
         torch.set_num_threads(runtime.threads)
         torch.manual_seed(config.seed)
         self.config, self.store, self.directory, self.runtime = config, store, directory, runtime
@@ -113,6 +120,7 @@ class _Run:
         n = training.validations
         self.validation_steps = {round((i + 1) * training.steps / n) for i in range(n)}
         self.model = build_model(model).to(self.device).train()
+        self.labels = token_labels(store, "train", model.category) if self.model.n_categories else None
         self.optimizer = build_optimizer(self.model, training.optimizer)
         self.phases = phases_of(training.phases, training.steps)
         check_phases(self.phases, self.model)
@@ -162,7 +170,7 @@ class _Run:
         self.lr = lr(training.schedule, step, training.steps)
         set_rates(self.optimizer, self.lr, phase.multipliers)
         tokens = torch.from_numpy(self.windows.batch(step)).to(self.device, non_blocking=True)
-        diagnostics = self.stepper.step(tokens)
+        diagnostics = self.stepper.step(tokens, self._context(step))
         if diagnostics is not None:
             self.skipped_in_a_row = 0
             self.interval.add(diagnostics)
@@ -174,6 +182,19 @@ class _Run:
                 f"loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}: lower "
                 "training.schedule.peak_lr; the weights before these steps are in the last checkpoint"
             )
+
+    def _context(self, step: int) -> WindowContext | None:
+        """What the model wants to be told of the windows of a step besides their tokens; None if nothing."""
+        n_history = self.model.history_tokens
+        if not n_history and self.labels is None:
+            return None
+        starts, context = self.windows.starts(step), WindowContext()
+        if n_history:
+            context.history = torch.from_numpy(history(self.store.train, starts, n_history))
+        if self.labels is not None:
+            window = self.config.model.max_seq_len
+            context.category = torch.from_numpy(window_categories(self.labels, starts, window))
+        return context.to(self.device)
 
     def _report(self) -> Progress:
         assert self.phase is not None

@@ -75,7 +75,9 @@ def estimate_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) 
         label_smoothing=config.training.label_smoothing,
         optimizer=config.training.optimizer,
     )
-    n_micro_batches = min(2, batch // micro_batch)
+    n_micro_batches = batch // micro_batch
+    if training.optimizer.expert_updates == "dense":
+        n_micro_batches = min(2, n_micro_batches)
     return _trace(config.model, training, micro_batch, n_micro_batches, on_cuda, runtime.activation_checkpointing)
 
 

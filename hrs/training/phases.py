@@ -13,7 +13,10 @@ from hrs.config import PhaseConfig
 from hrs.errors import HRSError
 from hrs.models import LanguageModel
 
-ROLES = ("backbone", "locality_head", "router", "conv", "expert", "attention_tier", "sink", "engram")
+ROLES = (
+    "backbone", "locality_head", "router", "conv", "expert", "attention_tier", "sink", "engram", "test_time_memory",
+    "loss_scales",
+)  # fmt: skip
 """Groups a phase may name whether or not this model has them: one table of multipliers serves every ablation."""
 
 REINITIALISED_STD = 0.02

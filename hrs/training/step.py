@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hrs.config import TrainingConfig
 from hrs.errors import HRSError
-from hrs.models import LanguageModel
+from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.loss import cross_entropy
 from hrs.training.optimizer import clip_gradients, gradient_norm
 from hrs.training.randomness import get_rng, set_rng
@@ -46,20 +46,23 @@ class Stepper:
         self._encode = torch.compile(model.encode) if compiled else model.encode
         self._unembed = torch.compile(model.unembed) if compiled else model.unembed
 
-    def step(self, tokens: Tensor) -> Diagnostics | None:
-        """Learn from windows [batch_sequences, T + 1] of token ids. None if the step was skipped: its loss or
-        gradient was not finite, and the weights are untouched.
+    def step(self, tokens: Tensor, context: WindowContext | None = None) -> Diagnostics | None:
+        """Learn from windows [batch_sequences, T + 1] of token ids and their context. None if the step was skipped: its
+        loss or gradient was not finite, and the weights are untouched.
 
         Raises:
             HRSError: if even one window at a time does not fit the memory.
         """
-        diagnostics, total = self._gradients(tokens)
+        diagnostics, total = self._gradients(tokens, context)
         norm = gradient_norm(self.optimizer)
         # The only wait for the device in a step.
         finite = all(map(math.isfinite, torch.stack([norm, total]).tolist()))
         if finite:
             self._apply(norm)
+            self.model.keep_observations()
             diagnostics["grad_norm"] = [norm]
+        else:
+            self.model.drop_observations()
         self.optimizer.zero_grad(set_to_none=True)
         return diagnostics if finite else None
 
@@ -74,18 +77,19 @@ class Stepper:
             # Activations are gone by now: a smaller micro-batch would not help.
             raise self._too_large("the moments of AdamW are too much", error) from error
 
-    def _gradients(self, tokens: Tensor) -> tuple[Diagnostics, Tensor]:
+    def _gradients(self, tokens: Tensor, context: WindowContext | None) -> tuple[Diagnostics, Tensor]:
         """Accumulate the gradients of one step, with ever smaller micro-batches until they fit."""
         rng = get_rng(self.device)
         while True:
             try:
-                return self.accumulate(tokens)
+                return self.accumulate(tokens, context)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 failure = self._too_large("one window at a time is too much", error) if self.micro_batch == 1 else None
             # Outside the except block: the exception's traceback keeps the activations alive.
             self.optimizer.zero_grad(set_to_none=True)
+            self.model.drop_observations()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             set_rng(rng, self.device)
@@ -104,14 +108,16 @@ class Stepper:
         _log.warning("out of memory at micro_batch %d, going on with %d", self.micro_batch, smaller)
         self.micro_batch = smaller
 
-    def accumulate(self, tokens: Tensor) -> tuple[Diagnostics, Tensor]:
+    def accumulate(self, tokens: Tensor, context: WindowContext | None = None) -> tuple[Diagnostics, Tensor]:
         """Gradients of the mean loss over all micro-batches, diagnostics, and that loss with its auxiliary terms."""
         diagnostics: Diagnostics = {}
         parts = tokens.split(self.micro_batch)
         sum_of_totals = torch.zeros((), device=self.device)
-        for part in parts:
+        for index, part in enumerate(parts):
+            rows = slice(index * self.micro_batch, (index + 1) * self.micro_batch)
+            told = None if context is None else context.rows(rows)
             with autocast(self.config.precision, self.device):
-                output = self._encode(part[:, :-1])
+                output = self._encode(part[:, :-1], told)
                 loss = cross_entropy(
                     self._unembed,
                     output.hidden,
@@ -125,7 +131,9 @@ class Stepper:
             (total / len(parts)).backward()
             sum_of_totals += total.detach()
             values = {"train_loss": loss, **output.losses}
-            values |= {name: value.float().mean(0) for name, value in output.metrics.items()}  # over layers
+            for name, value in output.metrics.items():
+                if name != "expert_usage":  # a number per expert is for evaluation
+                    values[name] = value.float().mean(0).flatten()  # over layers
             for name, value in values.items():
                 diagnostics.setdefault(name, []).append(value.detach())
         return diagnostics, sum_of_totals / len(parts)

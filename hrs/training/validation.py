@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hrs.config import ExperimentConfig
 from hrs.data import TokenSplit
-from hrs.data.windows import evaluation_windows
-from hrs.models import LanguageModel
+from hrs.data.windows import evaluation_windows, history
+from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.loss import cross_entropy
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.runtime import autocast
@@ -29,7 +29,7 @@ class Validation:
         wanted = config.training.validation_windows
         if 0 < wanted < len(windows):
             windows = [windows[i * len(windows) // wanted] for i in range(wanted)]
-        self._tokens = split.tokens
+        self._split = split
         self._windows = windows
         self._length = min(window + 1, len(split))
         self._precision = config.training.precision
@@ -41,9 +41,11 @@ class Validation:
         model.eval()
         nats, scored = 0.0, 0
         for first in range(0, len(self._windows), batch):
-            tokens, targets = self._read(self._windows[first : first + batch])
+            windows = self._windows[first : first + batch]
+            tokens, targets = self._read(windows)
+            context = self._context(windows, model.history_tokens, device)
             with autocast(self._precision, device):
-                hidden = model.encode(tokens.to(device)).hidden
+                hidden = model.encode(tokens.to(device), context).hidden
                 mean = cross_entropy(model.unembed, hidden, targets.to(device), vocab_size=model.vocab_size)
             nats += mean.item() * targets.numel()  # ignored targets add nothing, but are in the mean's denominator
             scored += int((targets != _NOT_SCORED).sum())
@@ -54,7 +56,13 @@ class Validation:
     def _read(self, windows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Inputs and targets [len(windows), T]; targets that an earlier window scores are marked."""
         positions = np.array([start for start, _ in windows])[:, None] + np.arange(self._length)  # [B, T + 1]
-        tokens = self._tokens[positions].astype(np.int64)
+        tokens = self._split.tokens[positions].astype(np.int64)
         targets = tokens[:, 1:].copy()
         targets[positions[:, 1:] < np.array([scored for _, scored in windows])[:, None]] = _NOT_SCORED
         return torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets)
+
+    def _context(self, windows: list[tuple[int, int]], n_history: int, device: torch.device) -> WindowContext | None:
+        if not n_history:
+            return None
+        before = history(self._split, np.array([start for start, _ in windows]), n_history)
+        return WindowContext(torch.from_numpy(before).to(device))

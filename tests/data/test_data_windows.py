@@ -1,11 +1,16 @@
 """Training windows are a pure function of the step; evaluation windows score every target once, with context."""
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrs.data import TrainingWindows, evaluation_windows
+from hrs.data import TokenSplit, TrainingWindows, evaluation_windows
+from hrs.data.categories import TokenLabels
+from hrs.data.windows import history, window_categories
 from hrs.errors import HRSError
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(0, 200))  # window, batch, tokens beyond one batch
@@ -83,3 +88,65 @@ def test_evaluation_refuses_strides_that_skip_or_stand_still(stride: int) -> Non
 def test_evaluation_refuses_text_without_a_target() -> None:
     with pytest.raises(HRSError, match="nothing to predict"):
         next(evaluation_windows(1, 8, 4))
+
+
+# ---- what stands before a window, and what it is about ---------------------------------------------------------------
+
+
+def documents_of(lengths: list[int], eot_id: int = 0) -> TokenSplit:
+    """A split of documents whose tokens count up from 1: none is like another, and none is the end of text."""
+    tokens, ends, next_id = [eot_id], [], 1
+    for length in lengths:
+        tokens += [*range(next_id, next_id + length), eot_id]
+        next_id += length
+        ends.append(len(tokens))
+    nothing = np.zeros(len(lengths), dtype=np.int64)
+    return TokenSplit(
+        tokens=np.array(tokens, dtype=np.uint16),
+        document_starts=np.array([1, *ends]),
+        topic_ids=nothing.astype(np.int32),
+        n_bytes=nothing,
+        n_words=nothing,
+        documents=pa.table({"title": [""] * len(lengths)}),
+    )
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 20))
+def test_history_is_the_text_between_the_opening_of_the_document_and_the_window(lengths: list[int], n: int) -> None:
+    """Reference: walk back from the window, token by token, until the end of text that opens the document."""
+    split = documents_of(lengths)
+    starts = np.arange(len(split) - 1)  # every place where a window with a target can begin
+    for start, row in zip(starts, history(split, starts, n), strict=True):
+        expected, position = [], start
+        while split.tokens[position] != 0:
+            position -= 1
+            expected.append(int(split.tokens[position]))
+        expected = expected[:n][::-1]
+        assert row.dtype == np.int64 and row.tolist() == [-1] * (n - len(expected)) + expected
+
+
+def test_history_knows_nothing_of_the_window_or_later() -> None:
+    split = documents_of([9, 4, 7])
+    starts = np.array([3, 8, 12, 17])
+    before = history(split, starts, 6)
+    for start, row in zip(starts, before, strict=True):
+        later = replace(split, tokens=np.where(np.arange(len(split)) < start, split.tokens, 999))
+        assert np.array_equal(history(later, np.array([start]), 6)[0], row)
+
+
+@given(SHAPES, st.integers(0, 400))
+def test_starts_are_where_the_windows_of_the_batch_begin(shape: tuple[int, int, int], step: int) -> None:
+    windows = windows_of(shape)
+    assert np.array_equal(windows.batch(step)[:, 0], windows.starts(step))  # the tokens count their positions
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(-1, 3)), min_size=1, max_size=9), st.integers(1, 20))
+def test_a_window_has_the_label_that_most_of_its_tokens_have(runs: list[tuple[int, int]], window: int) -> None:
+    by_token = [label for length, label in runs for _ in range(length)]
+    window = min(window, len(by_token))
+    lengths = np.array([length for length, _ in runs])
+    labels = TokenLabels(starts=np.cumsum(lengths) - lengths, labels=np.array([label for _, label in runs]))
+    starts = np.arange(len(by_token) - window + 1)
+    for start, found in zip(starts, window_categories(labels, starts, window), strict=True):
+        inside = by_token[start : start + window]
+        assert found == min(set(inside), key=lambda label: (-inside.count(label), label))

@@ -1,6 +1,9 @@
 """Evaluation against slow, obvious references on small texts."""
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +17,12 @@ from torch.nn import functional as F
 
 from hrs.config import ModelConfig
 from hrs.data import TokenStore
+from hrs.data.windows import history
 from hrs.errors import HRSError
 from hrs.evaluation import Evaluation, evaluate, perplexity
 from hrs.evaluation.diagnostics import block_outputs, effective_rank, flops_per_token
-from hrs.evaluation.leaks import CausalMean, SkeletonLM
-from hrs.models import LanguageModel, build_model
+from hrs.evaluation.leaks import CausalMean, HistoryLM, SkeletonLM
+from hrs.models import LanguageModel, ModelOutput, WindowContext, build_model
 from hrs.presets import experiment
 
 T = 16
@@ -134,7 +138,7 @@ def test_chunked_logits_change_nothing_but_rounding(
 
     monkeypatch.setattr(perplexity, "_LOGITS_AT_ONCE", 7 * model.vocab_size + 3)
     monkeypatch.setattr(model, "unembed", unembed)
-    monkeypatch.setattr(perplexity, "flops_per_token", lambda model, tokens: 0.0)
+    monkeypatch.setattr(perplexity, "flops_per_token", lambda model, tokens, context: 0.0)
     chunked = evaluate(model, small_store)
     assert largest == 7
     assert chunked.nats_per_token == pytest.approx(evaluation.nats_per_token, rel=1e-6)
@@ -217,6 +221,8 @@ def test_routing_is_averaged_over_every_window(small_store: TokenStore) -> None:
     numbers = evaluation.metrics()
     assert sum(numbers[f"tier_share_{i}"] for i in range(4)) == pytest.approx(1, abs=1e-5)
     assert numbers["routing_entropy"] == pytest.approx(np.mean(evaluation.routing_entropy))
+    assert len(evaluation.effective_rank_projected) == 2
+    assert evaluation.effective_rank_projected != evaluation.effective_rank
 
 
 def test_metrics_of_a_model_without_router_name_no_routing(evaluation: Evaluation) -> None:
@@ -264,3 +270,120 @@ def test_flops_are_those_of_the_matrix_products_attention_included() -> None:
     per_layer = 2 * 32 * (4 * 32 + 2 * 48) + 2 * 2 * T * 32  # projections, MLP; scores and mixture over all T keys
     measured = flops_per_token(build_model(config).eval(), torch.zeros(2, T, dtype=torch.long))
     assert measured == 3 * per_layer + 2 * 32 * 50
+
+
+# ---- history, experts, projections -----------------------------------------------------------------------------------
+
+
+def test_every_window_is_scored_with_what_stands_before_it(small_store: TokenStore) -> None:
+    """Reference: one window at a time, its history read off the text; the model moves with its history."""
+    torch.manual_seed(0)
+    model = HistoryLM(lambda width: nn.Linear(width, width), vocab_size=small_store.vocab_size, max_seq_len=T).double()
+    text, n = small_store.validation, len(small_store.validation)
+    tokens, starts = torch.from_numpy(text.tokens.astype(np.int64)), [min(s, n - 1 - T) for s in range(0, n - 1, T)]
+    rows = [torch.from_numpy(history(text, np.array([s]), model.history_tokens)) for s in starts]
+    losses, bare, done = [], [], 0
+    with torch.no_grad():
+        for start, row in zip(starts, rows, strict=True):
+            for found, context in ((losses, WindowContext(row)), (bare, None)):
+                logits = model(tokens[None, start : start + T], context).logits[0, done - start :]
+                found.append(F.cross_entropy(logits, tokens[done + 1 : start + T + 1], reduction="none"))
+            done = start + T
+    expected, without = float(torch.cat(losses).mean()), float(torch.cat(bare).mean())
+    assert evaluate(model, small_store, stride_frac=1.0).nats_per_token == pytest.approx(expected, rel=1e-12)
+    assert abs(expected - without) > 1e-4
+
+
+class Counting(SkeletonLM):
+    """Says of each pass which ids it read: in block 0 all of them, in block 1 the even ones."""
+
+    def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
+        output = super().encode(tokens, context)
+        usage = torch.bincount(tokens.flatten(), minlength=self.vocab_size).double()
+        even = usage * (torch.arange(self.vocab_size) % 2 == 0)
+        output.metrics = {"expert_usage": torch.stack([usage, even])}
+        return output
+
+
+@pytest.mark.parametrize("batch_windows", [3, 100])
+def test_experts_are_counted_over_all_windows(small_store: TokenStore, batch_windows: int) -> None:
+    n_ids = small_store.vocab_size
+    model = Counting(lambda width: CausalMean(), vocab_size=n_ids, max_seq_len=T)
+    evaluation = evaluate(model, small_store, stride_frac=1.0, batch_windows=batch_windows)
+    text, n = small_store.validation, len(small_store.validation)
+    windows = [min(s, n - 1 - T) for s in range(0, n - 1, T)]
+    usage = np.bincount(np.concatenate([text.tokens[s : s + T] for s in windows]), minlength=n_ids).astype(float)
+    used = [np.count_nonzero(usage), np.count_nonzero(usage[::2])]
+    assert evaluation.dead_experts == [n_ids - used[0], n_ids - used[1]]
+    assert evaluation.expert_coverage == pytest.approx([used[0] / n_ids, used[1] / n_ids])
+    shares = [usage[usage > 0] / usage.sum(), usage[::2][usage[::2] > 0] / usage[::2].sum()]
+    divergence = [float((p * np.log(p * n_ids)).sum()) for p in shares]
+    assert evaluation.expert_unevenness == pytest.approx(divergence)
+    assert evaluation.metrics()["dead_experts"] == pytest.approx(np.mean(evaluation.dead_experts))
+    assert evaluation.metrics()["expert_unevenness"] == pytest.approx(np.mean(divergence))
+
+
+def test_projected_ranks_are_those_of_the_projected_states(small_store: TokenStore) -> None:
+    class Narrow(SkeletonLM):
+        def project(self, states: Tensor) -> Tensor:
+            return states[:, :1].expand(-1, 5)
+
+    torch.manual_seed(0)
+    model = Narrow(lambda width: CausalMean(), vocab_size=small_store.vocab_size, max_seq_len=T)
+    evaluation = evaluate(model, small_store)
+    assert evaluation.effective_rank_projected == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert min(evaluation.effective_rank) > 2
+    assert evaluation.metrics()["effective_rank_projected"] == pytest.approx(1.0, abs=1e-6)
+
+
+class Summarising(UnigramLM):
+    """Its logits are other ones while it reads the summaries of others."""
+
+    summarises = True
+
+    @contextmanager
+    def reading_others(self) -> Iterator[None]:
+        self.constant.neg_()
+        yield
+        self.constant.neg_()
+
+
+@pytest.mark.parametrize("batch_windows", [1, 7, 1000])
+def test_shuffled_summaries_are_scored_over_the_same_text(small_store: TokenStore, batch_windows: int) -> None:
+    logits = torch.randn(small_store.vocab_size, generator=torch.Generator().manual_seed(0))
+    evaluation = evaluate(Summarising(logits), small_store, batch_windows=batch_windows)
+    expected = evaluate(UnigramLM(-logits), small_store, batch_windows=batch_windows)
+    assert evaluation.bits_per_byte_shuffled == pytest.approx(expected.bits_per_byte, rel=1e-6)
+    assert evaluation.bits_per_byte != pytest.approx(expected.bits_per_byte, rel=1e-3)
+
+
+def test_no_window_reads_its_own_summaries_when_they_are_shuffled(small_store: TokenStore) -> None:
+    """Engrams made to matter change the loss with another window's content."""
+    torch.manual_seed(0)
+    overrides = {"model.engram.kind": "window", "data.tokenizer": f"bpe:{small_store.vocab_size}"}
+    model = build_model(experiment("dense_baseline", "micro", overrides=overrides).model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    evaluation = evaluate(model, small_store)
+    assert evaluation.bits_per_byte_shuffled is not None
+    assert abs(evaluation.bits_per_byte_shuffled - evaluation.bits_per_byte) > 1e-4
+    with model.reading_others():
+        assert model.engram.from_others
+    assert not model.engram.from_others
+
+
+def test_models_without_these_parts_have_no_number_for_them(evaluation: Evaluation) -> None:
+    assert evaluation.expert_coverage == evaluation.expert_unevenness == evaluation.dead_experts == []
+    assert evaluation.effective_rank_projected == []
+    assert evaluation.category_accuracy is evaluation.category_majority is evaluation.category_probe is None
+
+
+def test_an_evaluation_saved_before_these_numbers_existed_is_still_read(evaluation: Evaluation, tmp_path: Path) -> None:
+    evaluation.save(tmp_path)
+    path = tmp_path / "evaluation.json"
+    numbers = json.loads(path.read_text())
+    new = ("expert_coverage", "expert_unevenness", "dead_experts", "effective_rank_projected", "category_accuracy",
+           "category_majority", "category_probe")  # fmt: skip
+    path.write_text(json.dumps({name: value for name, value in numbers.items() if name not in new}))
+    assert Evaluation.load(tmp_path).metrics() == evaluation.metrics()

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hrs.config import ExperimentConfig
 from hrs.errors import HRSError
-from hrs.models import build_model
+from hrs.models import WindowContext, build_model
 from hrs.presets import experiment
 from hrs.training.memory import (
     CUDA_OVERHEAD_BYTES,
@@ -104,10 +104,12 @@ def test_peak_of_an_mlp_equals_the_count_by_hand(fake: bool) -> None:
     }
 
 
-@pytest.mark.parametrize("preset", ["dense_baseline", "full_hrs", "full_hrs_legacy"])
+@pytest.mark.parametrize(
+    "preset", ["dense_baseline", "full_hrs", "full_hrs_legacy", "full_hrs_recurrence", "v18_cross_attn"]
+)
 @pytest.mark.parametrize("runtime", [CPU, CHECKPOINTED_CPU], ids=["plain", "checkpointed"])
 def test_fake_step_takes_exactly_the_bytes_of_the_real_step(preset: str, runtime: Runtime) -> None:
-    config = small(preset)
+    config = small(preset, **{"model.engram.window": "8"})
     with StorageCounter() as counter:
         real = training_step_peak(
             counter,
@@ -304,16 +306,21 @@ def test_limit_holds_in_forward_backward_and_optimizer() -> None:
         optimizer.step()
 
 
-def test_predicted_peak_is_the_smallest_limit_under_which_training_runs_undivided() -> None:
-    config = small("dense_baseline", **{"training.batch_sequences": "4"})
+@pytest.mark.parametrize("preset", ["dense_baseline", "dense_recurrence"])
+def test_predicted_peak_is_the_smallest_limit_under_which_training_runs_undivided(preset: str) -> None:
+    """The windows of a model with history are given theirs."""
+    config = small(preset, **{"training.batch_sequences": "4", "model.n_layers": "3", "model.engram.window": "8"})
     limit = predict_peak(config, 2, CPU)
     tokens = torch.zeros(4, config.model.max_seq_len + 1, dtype=torch.int64)
+    n_history = build_model(config.model).history_tokens
+    assert (n_history > 0) == (preset == "dense_recurrence")
+    context = WindowContext(torch.zeros(4, n_history, dtype=torch.int64)) if n_history else None
     for limit_bytes, micro_batch in ((limit + 1024, 2), (limit - 1024, 1)):
         with AllocatorLimit(limit_bytes):
             model = build_model(config.model).train()
             optimizer = build_optimizer(model, config.training.optimizer)
             stepper = Stepper(model, optimizer, config.training, torch.device("cpu"), micro_batch=2)
             for _ in range(2):
-                assert stepper.step(tokens) is not None
+                assert stepper.step(tokens, context) is not None
         assert stepper.micro_batch == micro_batch
         del model, optimizer, stepper

@@ -137,6 +137,12 @@ def test_a_micro_batch_must_divide_the_batch(small_experiment, run, tmp_path: Pa
         run(small_experiment(), tmp_path, micro_batch=3)
 
 
+def test_a_compiled_model_with_lazy_experts_is_refused(small_experiment, run, tmp_path: Path) -> None:
+    config = small_experiment("v17_peer_only", {"training.optimizer.expert_updates": "lazy"})
+    with pytest.raises(HRSError, match="expert_updates=dense"):
+        run(config, tmp_path, compile=True)
+
+
 def test_a_store_of_another_vocabulary_is_refused(small_experiment, run, tmp_path: Path) -> None:
     with pytest.raises(HRSError, match="300 ids and the model 301"):
         run(small_experiment(changes={"data.tokenizer": "bpe:301"}), tmp_path)
