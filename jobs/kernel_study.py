@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""One model per attention kernel: train, evaluate, audit and compare; then, how well mean states tell topics apart.
+
+    ray job submit --working-dir . -- python jobs/kernel_study.py --kernels dot,exponential --scale tiny --seeds 3
+    python jobs/kernel_study.py --kernels all --scale micro --dry-run
+
+The first table is that of any study. The second is the topic separation of every finished run beside its controls:
+docs/kernels.md says how to read it. Submitting the same study again runs and measures only what is missing.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
+
+import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs.cluster.preflight import connect, preflight
+from hrs.cluster.study import Run
+from hrs.config import AttentionConfig
+from hrs.data import open_tokens
+from hrs.errors import HRSError
+from hrs.evaluation.separation import Separations, from_dict, measure_separation, segment_length, segments_of, to_dict
+from hrs.report.separation_table import separation_tables
+from hrs.storage import Storage, open_storage
+from hrs.tracking import Tracker
+from hrs.training import load_model
+from jobs import ablation_sweep
+from jobs.entry import run_entry
+
+KERNELS: tuple[str, ...] = get_args(get_type_hints(AttentionConfig)["kernel"])
+TITLE = "kernels"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The job's command line."""
+    parser = argparse.ArgumentParser(prog="jobs/kernel_study.py", description="Compare attention kernels.")
+    parser.add_argument(
+        "--kernels",
+        default="dot,exponential",
+        help=f"comma-separated, the first is the baseline, or all: {', '.join(KERNELS)} (default dot,exponential)",
+    )
+    parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0..N-1 (default 1)")
+    parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
+    return parser.parse_args(arguments)
+
+
+def sweep_arguments(options: argparse.Namespace) -> list[str]:
+    """The command line of jobs/ablation_sweep.py for this study: a kernel is a preset.
+
+    Raises:
+        HRSError: for an unknown kernel.
+    """
+    kernels = KERNELS if options.kernels == "all" else tuple(options.kernels.split(","))
+    if unknown := [kernel for kernel in kernels if kernel not in KERNELS]:
+        raise HRSError(f"unknown kernel '{unknown[0]}': choose out of {', '.join(KERNELS)}, or all")
+    presets = ["dense_baseline" if kernel == "dot" else f"kernel_{kernel}" for kernel in kernels]
+    arguments = ["--presets", ",".join(presets), "--name", TITLE, "--scale", options.scale]
+    arguments += ["--seeds", str(options.seeds)] + (["--corpus", options.corpus] if options.corpus else [])
+    return arguments + [part for override in options.set for part in ("--set", override)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study and measure its finished runs; 0 if every run is finished, 1 if some are not."""
+    options = parse(arguments)
+    sweep = sweep_arguments(options)
+    if options.dry_run:
+        return ablation_sweep.main([*sweep, "--dry-run"])
+    study, storage = ablation_sweep.study_of(ablation_sweep.parse(sweep)), open_storage()
+    runs = study.runs()
+    preflight(storage)
+    config = runs[0].config  # kernels change nothing of what follows, which had better fail now than after the training
+    segments_of(open_tokens(config.data, storage.tokens).validation, segment_length(config.model.max_seq_len))
+    status = ablation_sweep.main(sweep)
+    tracker = Tracker(storage)
+    finished = tracker.finished([run.key for run in runs])
+    scores = measure([run for run in runs if run.key in finished], storage)
+    text = separation_tables(
+        [(run.config.preset, run.config.seed, scores[run.key]) for run in runs if run.key in scores]
+    )
+    folder = storage.report(study.name)
+    (folder / "separation.txt").write_text(text, encoding="utf-8")
+    by_run = {run.label: to_dict(scores[run.key]) for run in runs if run.key in scores}
+    (folder / "separation.json").write_text(json.dumps(by_run, indent=1), encoding="utf-8")
+    study_id = tracker.open_study(study.name, {}, extend=True)
+    tracker.log_study_artifact(study_id, folder)
+    unfinished = f"{len(runs) - len(finished)} runs unfinished"
+    tracker.close_study(study_id, "failed" if status else "finished", unfinished)
+    print(f"\n{text}\nseparation: {folder / 'separation.json'}", flush=True)
+    return status
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(runs: Sequence[Run], storage: Storage) -> dict[str, Separations]:
+    """Topic separation of finished runs by key: those that have none yet are measured by workers, one core each."""
+    missing = [run for run in runs if not _file(run, storage).exists()]
+    if missing:
+        import ray
+
+        if not ray.is_initialized():
+            connect(storage)
+        worker = ray.remote(num_cpus=1)(measure_run)
+        try:
+            ray.get([worker.remote(run, storage) for run in missing])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+    return {run.key: from_dict(json.loads(_file(run, storage).read_text(encoding="utf-8"))) for run in runs}
+
+
+def measure_run(run: Run, storage: Storage) -> None:
+    """Write ``separation.json`` of a finished run, from its last checkpoint, on the CPU."""
+    model, config = load_model(storage.run(run.key))
+    found = measure_separation(model, config, open_tokens(config.data, storage.tokens))
+    partial = _file(run, storage).with_suffix(".part")
+    partial.write_text(json.dumps(to_dict(found)), encoding="utf-8")
+    os.replace(partial, _file(run, storage))
+
+
+def _file(run: Run, storage: Storage) -> Path:
+    return storage.run(run.key) / "separation.json"
+
+
+if __name__ == "__main__":
+    run_entry(main)
