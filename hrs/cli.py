@@ -1,13 +1,15 @@
 """``hrs ...``: a thin face on the functions the jobs call. Heavy imports wait until a command needs them."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hrs.config import ExperimentConfig, flatten, parse_assignments
-from hrs.presets import PRESETS, compare, experiment, lineage
+from hrs.errors import HRSError
+from hrs.presets import FAMILIES, PRESETS, STUDIES, compare, experiment, lineage
 
 app = typer.Typer(
     help="An experiment queue for language-model research: name ablations, get a table you can believe.",
@@ -25,11 +27,21 @@ Corpus = Annotated[
 
 
 @app.command()
-def presets() -> None:
-    """List every preset with its parent and what it changes."""
+def presets(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The whole page docs/presets.md, to stdout.")] = False,
+) -> None:
+    """List every preset and what it adds, by family."""
+    if markdown:
+        from hrs.report.lineage_page import lineage_page
+
+        print(lineage_page(), end="")
+        return
     width = max(map(len, PRESETS))
-    for preset in PRESETS.values():
-        print(f"{preset.name:<{width}}  {preset.summary}")
+    for family, members in FAMILIES.items():
+        print(f"\n{family}")
+        for preset in members:
+            print(f"  {preset.name:<{width}}  {preset.summary}")
+    print(f"\nstudies: {', '.join(STUDIES)}")
 
 
 @app.command()
@@ -71,7 +83,12 @@ def train(
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Argument(metavar="PRESET|CHECKPOINT", help="A preset's name, or a run's directory.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[PRESET|CHECKPOINT]", help="A preset's name, or a run's directory.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Audit every preset; status 1 if one is not what its label says.")
+    ] = False,
     scale: Scale = "micro",
     seed: Seed = 0,
     random_tokens: Annotated[
@@ -80,20 +97,33 @@ def audit(
     ] = False,
 ) -> None:
     """Prove that a model cannot see the token it predicts; status 1 if it can."""
-    import torch
-
     from hrs.evaluation import audit as run_audit
-    from hrs.models import build_model
+    from hrs.evaluation.audit_all import model_in_use
     from hrs.training import load_model
 
+    if every == (model is not None) or (every and random_tokens):
+        raise HRSError("audit takes one preset or run directory, or --all alone: see 'hrs audit --help'")
+    if model is None:
+        raise typer.Exit(_audit_all(scale, seed))
     if Path(model).exists():
         network, _ = load_model(Path(model))
     else:
-        torch.manual_seed(seed)
-        network = build_model(experiment(model, scale, seed).model)
+        network = model_in_use(experiment(model, scale, seed).model, seed)
     report = run_audit(network, seed=seed, random_token_training=random_tokens)
     print(report)
     raise typer.Exit(0 if report.causal else 1)
+
+
+def _audit_all(scale: str, seed: int) -> int:
+    from hrs.evaluation.audit_all import audit_presets
+
+    verdicts = []
+    for verdict in audit_presets(PRESETS.values(), scale, seed):
+        print(verdict, flush=True)
+        verdicts.append(verdict)
+    n_causal, n_wrong = sum(v.report.causal for v in verdicts), sum(not v.as_expected for v in verdicts)
+    print(f"{len(verdicts)} presets: {n_causal} causal, {len(verdicts) - n_causal} not, {n_wrong} unexpected")
+    return 1 if n_wrong else 0
 
 
 @app.command()
@@ -118,6 +148,50 @@ def evaluate(
         print(f"{name:<20} {value:.6g}")
     if save:
         result.save(save)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's directory, or one of its checkpoints.")],
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to continue; may be repeated.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A file that is one prompt, '-' for standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the best token always.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the k best tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the smallest set of best tokens with this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Only tokens at least this fraction as likely as the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what the text has becomes less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends a text; may be repeated.")] = None,
+    seed: Seed = 0,
+    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print a single text as it grows.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line, with token ids.")] = False,
+) -> None:
+    """Continue texts with a trained model; without a prompt, start a document."""
+    from hrs.data import open_tokens
+    from hrs.generation import Sampling
+    from hrs.generation.console import print_completions, read_prompt
+    from hrs.storage import open_storage
+    from hrs.training import Runtime, load_model
+
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    prompts = [*(prompt or []), *map(read_prompt, prompt_file or [])] or [""]
+    network, config = load_model(checkpoint)
+    _warn_of_leaks(checkpoint)
+    store = open_tokens(config.data, open_storage().tokens)
+    network.to(Runtime().torch_device())
+    print_completions(network, store.tokenizer, prompts, sampling, samples=samples, stream=stream, as_json=as_json)
 
 
 @app.command()
@@ -147,11 +221,23 @@ def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) 
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def plan(context: typer.Context, study: Annotated[str, typer.Argument(help="v1 or v1_with_legacy.")]) -> None:
+def plan(context: typer.Context, study: Annotated[str, typer.Argument(help="A study's name.")]) -> None:
     """Print what a study would do, without starting it. Takes the options of jobs/ablation_sweep.py."""
     from jobs.ablation_sweep import main as sweep
 
     raise typer.Exit(sweep(["--study", study, "--dry-run", *context.args]))
+
+
+def _warn_of_leaks(checkpoint: Path) -> None:
+    """A line on standard error if the audit of the checkpoint's run failed. A run not audited yet says nothing."""
+    from hrs.evaluation import AuditReport
+
+    for directory in (checkpoint, checkpoint.absolute().parent.parent):
+        if (path := directory / "audit.json").is_file():
+            if not AuditReport.from_json(path.read_text(encoding="utf-8")).causal:
+                sentence = "this model is not causal: it was trained to see the future, which is not there to continue"
+                print(f"warning: {sentence} (hrs audit tells more)", file=sys.stderr)
+            return
 
 
 def _changes(corpus: str | None, overrides: list[str] | None) -> dict[str, str]:
@@ -159,12 +245,9 @@ def _changes(corpus: str | None, overrides: list[str] | None) -> dict[str, str]:
 
 
 def _parameters(config: ExperimentConfig) -> int:
-    import torch
+    from hrs.models import count_parameters
 
-    from hrs.models import build_model
-
-    with torch.device("meta"):
-        return build_model(config.model).count_parameters()
+    return count_parameters(config.model)
 
 
 def main() -> None:

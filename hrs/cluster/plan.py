@@ -15,8 +15,8 @@ import torch
 from hrs.cluster.hardware import Hardware
 from hrs.cluster.progress import format_seconds
 from hrs.cluster.study import Run
-from hrs.config import DataConfig, ExperimentConfig, ModelConfig, content_hash, from_dict
-from hrs.models import build_model
+from hrs.config import DataConfig, ExperimentConfig, content_hash, from_dict
+from hrs.models import count_parameters
 from hrs.storage import Storage
 from hrs.training import Runtime
 from hrs.training.memory import card_fraction, fit_micro_batch
@@ -70,7 +70,7 @@ def plan_runs(
         HRSError: if a model does not fit the card at micro-batch 1, or the disk is too full for the checkpoints.
     """
     trials = [_plan_run(run, run.key in finished, hardware, storage, runtime) for run in runs]
-    heaviest = max((_parameters(t.run.config) for t in trials if t.state != "finished"), default=0)
+    heaviest = max((count_parameters(t.run.config.model) for t in trials if t.state != "finished"), default=0)
     storage.require_free(heaviest * _GENERATED_BYTES_PER_PARAMETER * max(1, len(trials)))
     return Plan(hardware=hardware, trials=tuple(_place(trials, hardware)))
 
@@ -111,7 +111,7 @@ def _minutes(run: Run, storage: Storage) -> tuple[float, Literal["measured", "es
     speed = _measured_speeds(storage).get(_shape(run.config))
     if speed:
         return tokens / speed * (1 + _EVALUATION_FRAC) / 60, "measured"
-    flops = 6 * _parameters(run.config) * tokens  # forward and backward of every weight (Kaplan et al. 2020)
+    flops = 6 * count_parameters(run.config.model) * tokens  # forward and backward of every weight (Kaplan et al. 2020)
     return flops / (_matmul_flops_per_second() * _MODEL_FLOPS_UTILISATION) * (1 + _EVALUATION_FRAC) / 60, "estimated"
 
 
@@ -147,16 +147,6 @@ def _matmul_flops_per_second() -> float:
         best = min(best, time.perf_counter() - start)
     torch.set_num_threads(threads)
     return 2 * n**3 / best
-
-
-@functools.cache
-def _count_parameters(model: ModelConfig) -> int:
-    with torch.device("meta"):
-        return build_model(model).count_parameters()
-
-
-def _parameters(config: ExperimentConfig) -> int:
-    return _count_parameters(config.model)
 
 
 # ---- placement -------------------------------------------------------------------------------------------------------

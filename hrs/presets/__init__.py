@@ -4,11 +4,12 @@ experiment("full_hrs", scale="tiny", seed=1, overrides={"model.router.trc_window
 """
 
 from hrs.presets.compose import Difference, compare, experiment
-from hrs.presets.lineage import PRESETS, Preset, get_preset, lineage
+from hrs.presets.lineage import FAMILIES, PRESETS, get_preset, lineage
+from hrs.presets.preset import Preset, Relative
 from hrs.presets.scales import SCALES, get_scale
 from hrs.presets.studies import STUDIES, get_study
 
 __all__ = [
-    "PRESETS", "SCALES", "STUDIES", "Difference", "Preset",
+    "FAMILIES", "PRESETS", "SCALES", "STUDIES", "Difference", "Preset", "Relative",
     "compare", "experiment", "get_preset", "get_scale", "get_study", "lineage",
 ]  # fmt: skip

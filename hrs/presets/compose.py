@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from hrs.config import ExperimentConfig, flatten, override
 from hrs.errors import HRSError
 from hrs.presets.lineage import lineage
+from hrs.presets.preset import Preset, Relative
 from hrs.presets.scales import get_scale
 
 GPT2_VOCABULARY = 50257
@@ -16,19 +17,26 @@ def experiment(
 ) -> ExperimentConfig:
     """Compose an experiment: defaults, then the scale, then the preset's lineage, then overrides.
 
-    The vocabulary follows from the tokenizer.
+    A preset's relative values start from what the scale alone says, whatever its ancestors changed. The vocabulary
+    follows from the tokenizer.
 
     Raises:
         HRSError: for an unknown preset or scale, or overrides that name missing or mistyped fields.
     """
-    config = override(ExperimentConfig(preset=preset, scale=scale, seed=seed), get_scale(scale))
+    base = config = override(ExperimentConfig(preset=preset, scale=scale, seed=seed), get_scale(scale))
     for ancestor in lineage(preset):
-        config = override(config, ancestor.changes)
+        config = override(config, _changes(ancestor, base))
     overrides = dict(overrides or {})
     if fixed := sorted({"preset", "scale", "model.vocab_size"} & set(overrides)):
         raise HRSError(f"{', '.join(fixed)} cannot be overridden: presets, scales and data.tokenizer decide them")
     config = override(config, overrides)
     return override(config, {"model.vocab_size": vocabulary_size(config.data.tokenizer)})
+
+
+def _changes(preset: Preset, base: ExperimentConfig) -> dict[str, Any]:
+    """What the preset changes at the scale of ``base``, in plain values."""
+    changes = {**preset.changes, **(preset.paper if base.scale == "paper" else {})}
+    return {n: value.resolve(n, base) if isinstance(value, Relative) else value for n, value in changes.items()}
 
 
 def vocabulary_size(tokenizer: str) -> int:

@@ -1,17 +1,34 @@
 """Named lists of presets that belong in one table; the first is the baseline of the paired differences."""
 
 from hrs.errors import HRSError
-from hrs.presets.lineage import PRESETS
+from hrs.presets.controls import CONTROLS, KERNELS
+from hrs.presets.legacy import LEGACY
+from hrs.presets.preset import Preset
+from hrs.presets.v1 import V1
+from hrs.presets.v2_to_v7 import V2_TO_V7
+from hrs.presets.v8_to_v18 import V8_TO_V14, V15_TO_V18
 
-_V1 = (
-    "dense_baseline", "dual_head", "dual_head_router", "dual_head_router_sink",
-    "full_core", "full_hrs", "full_hrs_refined", "full_hrs_trc",
-)  # fmt: skip
+
+def _names(*families: tuple[Preset, ...]) -> tuple[str, ...]:
+    return tuple(preset.name for family in families for preset in family)
+
+
+_V1 = _names(V1)
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "v1": _V1,
-    "v1_with_legacy": (*_V1, *(name for name, preset in PRESETS.items() if preset.legacy and preset.parent in _V1)),
-}
+    "v1_with_legacy": (*_V1, *(preset.name for preset in LEGACY if preset.parent in _V1)),
+    "lineage": _names(V1, V2_TO_V7, V8_TO_V14, V15_TO_V18, CONTROLS),
+    "lineage_legacy": ("dense_baseline", *_names(LEGACY)),
+    "engrams": (
+        "dense_baseline", "dense_window", "dense_recurrence", "dense_wide_recurrence", "dense_running",
+        "dense_memory", "dense_wide_memory",
+    ),
+    "peer": (
+        "dense_baseline", "v10_control", "v16_peer_engram", "v17_peer_only", "v17_unphased", "v17_paper_peer",
+    ),
+    "kernels": ("dense_baseline", *_names(KERNELS)),
+}  # fmt: skip
 
 
 def get_study(name: str) -> tuple[str, ...]:
