@@ -23,7 +23,7 @@ SCALES: dict[str, Mapping[str, Any]] = {
         "model.engram.slots": 4,
         "model.engram.slot_updates": 10,
         "model.attention.features": 8,
-        "model.category.n_classes": 8,
+        "model.category.n_classes": 16,
         "model.test_time_memory.chunk": 8,
         "model.test_time_memory.key_width": 8,
         "model.test_time_memory.router_hidden": 8,
