@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
-from hrs.errors import HRSError
 from hrs.models.base import Cache, LanguageModel, ModelOutput, WindowContext
 from hrs.nn.attention import Attention
 from hrs.nn.block import Block, BlockCache, BlockStatistics
@@ -19,16 +18,16 @@ from hrs.nn.cross_attention import CrossAttention
 from hrs.nn.engrams import EngramMechanism, build_engrams
 from hrs.nn.feedforward import FeedForward
 from hrs.nn.locality import LocalityHead
-from hrs.nn.objectives import CategoryHead, LossScales, PlaceholderLosses
+from hrs.nn.objectives import AuxiliaryObjectives
 from hrs.nn.router import Router, routing_losses, routing_statistics
 from hrs.nn.test_time_memory import TestTimeCache, TestTimeMemory
 
 _ROLES = (
     ("locality.", "locality_head"),
     ("engram.", "engram"),
-    ("category.", "engram"),
+    ("objectives.category.", "engram"),
     ("test_time_memory.", "test_time_memory"),
-    ("loss_scales.", "loss_scales"),
+    ("objectives.scales.", "loss_scales"),
     (".cross.", "engram"),
     (".synapse.", "expert"),
     (".router.", "router"),
@@ -43,9 +42,6 @@ _ROLES = (
 
 _OBSERVED_LOGITS = 2**24
 """Logits held at once when losses are only looked at."""
-
-_PLACEHOLDER_WEIGHTS = {"hub": 0.1, "entropy": 0.01, "recon": 0.1}
-"""Those of the losses whose place they take."""
 
 
 @dataclass
@@ -89,30 +85,10 @@ class HRSModel(LanguageModel):
         )
         self.norm = nn.LayerNorm(config.d_model)
         self.locality = LocalityHead(config.locality, config.d_model) if config.locality.enabled else None
-        self.category = CategoryHead(config.d_model, config.category.n_classes) if config.category.enabled else None
+        self.objectives = AuxiliaryObjectives(config)
         self.n_categories = config.category.n_classes if config.category.enabled else 0
         self.test_time_memory = TestTimeMemory(config) if config.test_time_memory.enabled else None
-        self.placeholders = PlaceholderLosses(config.d_model) if config.placeholder_losses else None
-        self.loss_scales = self._build_loss_scales(config)
         self._initialise()
-
-    @staticmethod
-    def _build_loss_scales(config: ModelConfig) -> LossScales | None:
-        """Factors of the losses that the original learned the weights of: routing, reconstruction, or placeholders."""
-        if config.loss_scales == "fixed":
-            return None
-        weights = dict(_PLACEHOLDER_WEIGHTS) if config.placeholder_losses else {}
-        if config.routed and not config.placeholder_losses:
-            weights["hub" if config.router.hub_exponent > 0 else "balance"] = config.router.balance_weight
-            weights["entropy"] = config.router.entropy_weight
-        if config.engram.kind not in ("none", "memory") and not config.placeholder_losses:
-            weights["recon"] = config.engram.recon_weight
-        weights = {name: weight for name, weight in weights.items() if weight > 0}
-        if not weights:
-            raise HRSError(
-                f"loss_scales={config.loss_scales} has no loss to scale: it needs tiers, engrams or placeholder_losses"
-            )
-        return LossScales(weights, original=config.loss_scales == "original")
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -146,11 +122,11 @@ class HRSModel(LanguageModel):
     def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         recalled = None if context is None else self._recall(context.history)
         output = self._run(tokens, None, recalled)
-        if self.category is not None:
-            # The mean sees the whole window: it names the window, and never reaches a prediction.
-            output.category_logits = self.category(output.hidden[..., : self.d_model].mean(dim=1))
+        pooled = output.hidden[..., : self.d_model].mean(dim=1)
+        output.category_logits = self.objectives.category_logits(pooled)
         if self.training:
-            output.losses = self._all_losses(output, context)
+            category = None if context is None else context.category
+            output.losses = self.objectives.losses(output.losses, pooled, output.category_logits, category)
             if self.engram is not None and self.engram.wants_losses:
                 self._observe_losses(self.engram, output.hidden, tokens)
         return output
@@ -271,24 +247,6 @@ class HRSModel(LanguageModel):
         return None if self.locality is None else self.locality.projection(states)
 
     # ---- training ------------------------------------------------------------------------------------------------
-
-    def _all_losses(self, output: ModelOutput, context: WindowContext | None) -> dict[str, Tensor]:
-        """The losses of the blocks with those of the heads on the final states, all weighted."""
-        losses = dict(output.losses)
-        if self.placeholders is not None:
-            pooled = output.hidden[..., : self.d_model].mean(dim=1)
-            losses |= {name: _PLACEHOLDER_WEIGHTS[name] * loss for name, loss in self.placeholders(pooled).items()}
-        if self.loss_scales is not None:
-            if "entropy" in losses and not self.loss_scales.original:
-                losses["entropy"] = losses["entropy"] + self.loss_scales.weights["entropy"]  # 1 - H / ln n, not below 0
-            losses = self.loss_scales(losses)
-        if self.category is not None and output.category_logits is not None:
-            if context is None or context.category is None:
-                losses["category"] = output.category_logits.sum() * 0.0
-            else:
-                loss = self.category.loss(output.category_logits, context.category)
-                losses["category"] = self.config.category.weight * loss
-        return losses
 
     @torch.no_grad()
     def _observe_losses(self, engram: EngramMechanism, hidden: Tensor, tokens: Tensor) -> None:

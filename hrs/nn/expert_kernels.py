@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HAS_TRITON = find_spec("triton") is not None
+
 GATHER_BYTES = 32 * 2**20
 """Most that :func:`gathered_dot` copies at a time where it has to copy."""
 
 
 def dot(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """x[r] . table[indices[r, j]], [R, K], of x [R, w], table [N, w] and indices [R, K]."""
-    if x.is_cuda and find_spec("triton") is not None:
+    if x.is_cuda and HAS_TRITON:
         from hrs.nn.expert_triton import triton_dot
 
         return triton_dot(x, table, indices)
@@ -61,21 +63,30 @@ def weighted_sum(weights: Tensor, table: Tensor, indices: Tensor) -> Tensor:
 
 def table_gradient(weights: Tensor, x: Tensor, indices: Tensor, n_rows: int) -> Tensor:
     """Row e is the sum of weights[r, j] * x[r] over all (r, j) with indices[r, j] = e; [n_rows, w]."""
-    order = indices.reshape(-1).to(torch.int32).argsort(stable=True)  # half the passes of an int64 radix sort
-    counts = torch.bincount(indices.reshape(-1), minlength=n_rows)
-    return _sum_of_groups(weights, x, order, counts)
+    chosen, order = _sorted(indices)
+    if chosen.is_cuda:  # where bincount would wait for the device
+        starts = torch.searchsorted(chosen, torch.arange(n_rows, dtype=chosen.dtype, device=chosen.device))
+    else:
+        counts = torch.bincount(chosen, minlength=n_rows)
+        starts = counts.cumsum(0) - counts
+    return _sum_of_groups(weights, x, order, starts)
 
 
 def touched_rows(weights: Tensor, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of :func:`table_gradient` that any choice met: their numbers [m], ascending, and values [m, w]."""
-    chosen, order = indices.reshape(-1).to(torch.int32).sort(stable=True)
+    chosen, order = _sorted(indices)
     rows, counts = chosen.unique_consecutive(return_counts=True)
-    return rows.long(), _sum_of_groups(weights, x, order, counts)
+    return rows.long(), _sum_of_groups(weights, x, order, counts.cumsum(0) - counts)
 
 
-def _sum_of_groups(weights: Tensor, x: Tensor, order: Tensor, counts: Tensor) -> Tensor:
-    """[len(counts), w], sums of weights * x over consecutive groups of the pairs (row, choice) listed in ``order``."""
+def _sorted(indices: Tensor) -> tuple[Tensor, Tensor]:
+    # A radix sort of int32 takes half the passes, and tables do not have 2^31 rows.
+    chosen = indices.reshape(-1).to(torch.int32).sort(stable=True)
+    return chosen.values, chosen.indices
+
+
+def _sum_of_groups(weights: Tensor, x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """[len(starts), w], sums of weights * x over the groups, begun at ``starts``, of the pairs listed in ``order``."""
     rows = torch.div(order, weights.shape[1], rounding_mode="floor")
-    starts = counts.cumsum(0) - counts
     sorted_weights = weights.reshape(-1).index_select(0, order)
     return F.embedding_bag(rows, x.contiguous(), starts, per_sample_weights=sorted_weights, mode="sum")

@@ -7,6 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrs.config import ModelConfig
+from hrs.errors import HRSError
+
+PLACEHOLDER_WEIGHTS = {"hub": 0.1, "entropy": 0.01, "recon": 0.1}
+"""Those of the losses whose place they take."""
+
 
 class LossScales(nn.Module):
     """A learned factor for each of several already weighted losses.
@@ -82,3 +88,68 @@ class CategoryHead(nn.Linear):
         known = category >= 0
         nats = F.cross_entropy(logits.float(), category.clamp_min(0), reduction="none")
         return (nats * known).sum() / known.sum().clamp_min(1)
+
+
+class AuxiliaryObjectives(nn.Module):
+    """What a model is asked for besides the next token, on the mean of a window's final states.
+
+    The mean sees the whole window; it names the window or feeds a loss, and never reaches a prediction.
+
+    Raises:
+        HRSError: if loss weights are to be learned and there is no such loss.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        category = config.category
+        self.category_weight = category.weight
+        self.category = CategoryHead(config.d_model, category.n_classes) if category.enabled else None
+        self.placeholders = PlaceholderLosses(config.d_model) if config.placeholder_losses else None
+        self.scales = None
+        if config.loss_scales != "fixed":
+            self.scales = LossScales(_learned_weights(config), original=config.loss_scales == "original")
+
+    def category_logits(self, pooled: Tensor) -> Tensor | None:
+        """Scores of topics [B, C] for mean states [B, d]; None without a head."""
+        return None if self.category is None else self.category(pooled)
+
+    def losses(
+        self, losses: Mapping[str, Tensor], pooled: Tensor, logits: Tensor | None, category: Tensor | None
+    ) -> dict[str, Tensor]:
+        """All weighted scalar losses by name.
+
+        Args:
+            losses: those of the layers, weighted.
+            pooled: mean final states [B, d].
+            logits: what :meth:`category_logits` gave.
+            category: topics [B], -1 for none; None if they are not known.
+        """
+        every = dict(losses)
+        if self.placeholders is not None:
+            every |= {name: PLACEHOLDER_WEIGHTS[name] * loss for name, loss in self.placeholders(pooled).items()}
+        if self.scales is not None:
+            if "entropy" in every and not self.scales.original:
+                every["entropy"] = every["entropy"] + self.scales.weights["entropy"]  # 1 - H / ln n, not below 0
+            every = self.scales(every)
+        if self.category is not None and logits is not None:
+            unknown = logits.new_full((len(logits),), -1, dtype=torch.int64)
+            loss = self.category.loss(logits, unknown if category is None else category)
+            every["category"] = self.category_weight * loss
+        return every
+
+
+def _learned_weights(config: ModelConfig) -> dict[str, float]:
+    """Starting weights of the losses that the original learned the weights of: routing and reconstruction, or their
+    placeholders."""
+    weights = dict(PLACEHOLDER_WEIGHTS) if config.placeholder_losses else {}
+    if config.routed and not config.placeholder_losses:
+        weights["hub" if config.router.hub_exponent > 0 else "balance"] = config.router.balance_weight
+        weights["entropy"] = config.router.entropy_weight
+    if config.engram.kind not in ("none", "memory") and not config.placeholder_losses:
+        weights["recon"] = config.engram.recon_weight
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    if not weights:
+        raise HRSError(
+            f"loss_scales={config.loss_scales} has no loss to scale: it needs tiers, engrams or placeholder_losses"
+        )
+    return weights
