@@ -48,9 +48,12 @@ class ImitateCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def cover(self, model: LanguageModel) -> None:
-        """Turn the mode on in every block by itself: autograd, where checkpointed blocks recompute, runs without it."""
+        """Turn the mode on in every block and the unembedding by itself: autograd, which may recompute them, has it
+        not."""
         for block in model.blocks:
             block.forward = self._covered(block.forward)
+        # A chunked loss recomputes it, too.
+        model.unembed = self._covered(model.unembed)  # type: ignore[method-assign]
 
     def _covered(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def covered(*args: Any, **kwargs: Any) -> Any:

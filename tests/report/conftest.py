@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from hrs.config import to_dict
-from hrs.presets import PRESETS, experiment
+from hrs.presets import PRESETS, experiment, get_study
 from hrs.report.records import RunRecord
 
 N_DOCUMENTS = 40
@@ -50,7 +50,7 @@ def record(preset: str = "dense_baseline", seed: int = 0, nats_per_byte: float =
     ]
     schedule = [(s, 3e-3 * min(1.0, s / 15) * (0.5 + 0.5 * float(np.cos(np.pi * s / steps)))) for s, _ in train]
     length = config.model.max_seq_len
-    if config.model.feed_forward == "tiers":
+    if config.model.routed:
         shares = rng.dirichlet([4, 4, 4, 2], size=config.model.n_layers).tolist()
     values: dict[str, object] = {
         "key": rng.bytes(8).hex(),
@@ -58,7 +58,7 @@ def record(preset: str = "dense_baseline", seed: int = 0, nats_per_byte: float =
         "scale": "tiny",
         "seed": seed,
         "status": "finished",
-        "causal": not PRESETS[preset].legacy,
+        "causal": not PRESETS[preset].leaks,
         "parameters": 1_234_567 + 10_000 * len(preset),
         "tokens_per_second": 12_345.0 + 100 * seed,
         "peak_memory_bytes": 812 * 2**20,
@@ -66,19 +66,20 @@ def record(preset: str = "dense_baseline", seed: int = 0, nats_per_byte: float =
         "loss_by_position": (3 * nats_per_byte + 3 / np.sqrt(1 + np.arange(length))).tolist(),
         "history": {"train_loss": train, "validation_loss": [(s, v + 0.1) for s, v in train[5::6]], "lr": schedule},
         "config": to_dict(config),
-        "tier_share": shares if config.model.feed_forward == "tiers" else None,
+        "tier_share": shares if config.model.routed else None,
     }
     return RunRecord(**{**values, **fields})  # type: ignore[arg-type]
 
 
 def full_study() -> list[RunRecord]:
     """Eleven presets times three seeds: one preset failed, one run was killed, three presets see the future."""
-    level = dict(zip(PRESETS, (1.20, 1.19, 1.26, 1.27, 1.31, 1.22, 1.21, 1.205, 0.25, 0.22, 0.21), strict=True))
+    levels = (1.20, 1.19, 1.26, 1.27, 1.31, 1.22, 1.21, 1.205, 0.25, 0.22, 0.21)
+    level = dict(zip(get_study("v1_with_legacy"), levels, strict=True))
     records = []
     for preset, nats in level.items():
         for seed in range(3):
             fields: dict[str, object] = {}
-            if PRESETS[preset].legacy:
+            if PRESETS[preset].leaks:
                 leak = "suffix_flip: positions 0..95 changed, through blocks.2"
                 fields |= {
                     "audit_failures": (leak, "gradient: 31 of 32 positions"),
