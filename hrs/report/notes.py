@@ -19,6 +19,11 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     if any(row.is_best for row in rows):
         texts.append("> the lowest bits/byte of the causal rows; the difference column says what is more than chance.")
+    if contents := [f"{r.preset} {r.engram_content:+.4f}" for r in rows if r.engram_content is not None]:
+        texts.append(
+            "engrams: bits/byte lost when every window reads those of another text, so what their content is worth: "
+            f"{', '.join(contents)}."
+        )
     if comparison.below:
         texts.append(
             "causal: whether the model passed the causality audit. A row below the line is not ranked: a model that "

@@ -35,6 +35,8 @@ class Row:
     causal: bool | None
     """None if a run was not audited."""
     is_baseline: bool
+    engram_content: float | None = None
+    """Bits per byte lost when every window reads the engrams of another text, mean over seeds; None without engrams."""
     is_best: bool = False
     """The lowest bits per byte of two or more ranked rows."""
     remark: str = ""
@@ -135,6 +137,7 @@ def compare_presets(records: Sequence[RunRecord]) -> Comparison:
             peak_memory_bytes=max((r.peak_memory_bytes for r in runs if r.peak_memory_bytes is not None), default=None),
             causal=_causal(runs),
             is_baseline=preset == baseline,
+            engram_content=_mean(_engram_content(r) for r in runs if is_evaluated(r)),
             is_best=preset == best,
             remark="; ".join(filter(None, (_audit_remark(runs), _status_remark(runs)))),
         )
@@ -147,6 +150,11 @@ def compare_presets(records: Sequence[RunRecord]) -> Comparison:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
+
+
+def _engram_content(run: RunRecord) -> float | None:
+    shuffled, own = run.metrics.get("bits_per_byte_shuffled"), run.metrics.get("bits_per_byte")
+    return None if shuffled is None or own is None else shuffled - own
 
 
 def _causal(runs: Sequence[RunRecord]) -> bool | None:

@@ -93,6 +93,17 @@ def test_nothing_evaluated_is_said_plainly(make_record: Make) -> None:
     assert "running" in table and "nothing to compare" in table
 
 
+def test_what_the_content_of_engrams_is_worth_is_said_below(make_record: Make) -> None:
+    """The mean over seeds of what another text's engrams cost, for rows that have engrams."""
+    worth = (0.01, 0.02)
+    records = [make_record("dense_baseline", seed) for seed in range(2)]
+    for seed, bits in enumerate(worth):
+        metrics = {"bits_per_byte": 2.0, "bits_per_byte_shuffled": 2.0 + bits}
+        records.append(make_record("dense_window", seed, metrics=metrics))
+    assert "what their content is worth: dense_window +0.0150." in " ".join(format_table(records).split())
+    assert "engrams:" not in format_table(records[:2])
+
+
 def test_one_seed_is_said_to_cover_documents_only(make_record: Make) -> None:
     single = [make_record(), make_record("dual_head")]
     assert "documents only" in " ".join(notes(compare_presets(single)))

@@ -16,6 +16,7 @@ from hrs.data.categories import token_labels
 from hrs.data.windows import evaluation_windows, history, window_categories
 from hrs.evaluation.leaks import CausalMean, SkeletonLM
 from hrs.models import ModelOutput, WindowContext
+from hrs.presets import PRESETS, experiment
 from hrs.training import Runtime, load_model, train
 from hrs.training.optimizer import build_optimizer
 from hrs.training.step import Stepper
@@ -214,9 +215,17 @@ def test_validation_tells_each_window_what_stands_before_it(small_experiment, sm
     assert not math.isclose(nats[True], nats[False], rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["full_hrs_recurrence", "v18_cross_attn", "v5_replace_legacy"])
-@pytest.mark.parametrize("stop_at", [4, 5])
-def test_history_topics_and_memories_resume_to_the_same_bits(
+DISTINCT = {experiment(name, "micro").model: name for name in reversed(PRESETS)}.values()
+"""One preset of each distinct model."""
+OFTEN = ("full_hrs_recurrence", "v18_cross_attn", "v5_replace_legacy")
+
+
+@pytest.mark.parametrize(
+    ("preset", "stop_at"),
+    [(preset, stop) for preset in OFTEN for stop in (4, 5)]
+    + [pytest.param(preset, 5, marks=pytest.mark.slow) for preset in DISTINCT if preset not in OFTEN],
+)
+def test_every_model_resumes_to_the_same_bits(
     preset: str, stop_at: int, small_experiment, small_store, tmp_path: Path
 ) -> None:
     changes = {"training.steps": 8, "model.n_layers": 3, "model.engram.extract_after": 1, "model.engram.slots": 4}
