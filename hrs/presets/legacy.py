@@ -54,6 +54,10 @@ def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 LEGACY = (
+    *(
+        _legacy(name, "the choice of experts has no gradient", _GATE, _SMOOTHING, leaks=False)
+        for name in ("dual_head_router", "dual_head_router_sink", "full_core")
+    ),
     _legacy("full_hrs", _SHOWS, _PREFIX, _GATE, _SMOOTHING),
     _legacy("full_hrs_refined", _SHOWS, _PREFIX, _GATE, _SMOOTHING),
     _legacy("full_hrs_trc", _SHOWS, _PREFIX, _GATE, _SMOOTHING),

@@ -17,7 +17,7 @@ _V1 = _names(V1)
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "v1": _V1,
-    "v1_with_legacy": (*_V1, *(preset.name for preset in LEGACY if preset.parent in _V1)),
+    "v1_with_legacy": (*_V1, *(preset.name for preset in LEGACY if preset.parent in _V1 and preset.leaks)),
     "lineage": _names(V1, V2_TO_V7, V8_TO_V14, V15_TO_V18, CONTROLS),
     "lineage_legacy": ("dense_baseline", *_names(LEGACY)),
     "engrams": (
