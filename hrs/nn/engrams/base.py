@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
+from hrs.nn.engrams.observed_loss import ObservedLoss
 
 
 @dataclass(slots=True)
@@ -65,9 +66,6 @@ class EngramMechanism(nn.Module):
     decodes_by_rerunning: bool = False
     """Whether earlier states change with later text, so that decoding must run the whole text every time."""
 
-    wants_losses: bool = False
-    """Whether :meth:`observe_loss` is to be told what training passes cost."""
-
     from_others: bool = False
     """Whether every sequence gets the engrams of its neighbour in the batch: what is lost is what content is worth."""
 
@@ -77,6 +75,7 @@ class EngramMechanism(nn.Module):
         self.d_model = config.d_model
         self.max_seq_len = config.max_seq_len
         self.extract_after = config.engram.extraction_block(config.n_layers)
+        self.observed: ObservedLoss | None = None  # of those originals whose gates look at it
 
     def initialise(self) -> None:
         """Set what the model's general initialisation (N(0, 0.02) for matrices) must not decide. Runs after it."""
@@ -103,17 +102,28 @@ class EngramMechanism(nn.Module):
         """After block ``index``: its output, seen, and changed if need be."""
         return x
 
+    @property
+    def wants_losses(self) -> bool:
+        """Whether :meth:`observe_loss` is to be told what training passes cost."""
+        return self.observed is not None
+
     def observe_loss(self, losses: Tensor) -> None:
         """Note the cross-entropy [n] of a training pass at the first n positions, nats, mean over the batch."""
+        if self.observed is not None:
+            self.observed.observe(losses)
 
     def set_progress(self, fraction: float) -> None:
         """See :meth:`hrs.models.base.LanguageModel.set_progress`."""
 
     def keep_observations(self) -> None:
         """See :meth:`hrs.models.base.LanguageModel.keep_observations`."""
+        if self.observed is not None:
+            self.observed.keep()
 
     def drop_observations(self) -> None:
         """See :meth:`hrs.models.base.LanguageModel.drop_observations`."""
+        if self.observed is not None:
+            self.observed.drop()
 
     def theirs(self, engrams: Tensor) -> Tensor:
         """The engrams [B, ...] that each row is to read: its own, or with ``from_others`` those of the row before."""

@@ -71,7 +71,6 @@ class ReplaceEngrams(EngramMechanism):
         self.theta = nn.Parameter(torch.tensor(3.0 if engram.as_original else 0.0))
         self.alpha = nn.Parameter(torch.tensor(1.0))
         self.observed = ObservedLoss(config.max_seq_len) if engram.as_original else None
-        self.wants_losses = engram.as_original
         self.decodes_by_rerunning = engram.as_original
 
     def initialise(self) -> None:
@@ -80,19 +79,6 @@ class ReplaceEngrams(EngramMechanism):
 
     def new_cache(self) -> ReplaceCache:
         return ReplaceCache()
-
-    def observe_loss(self, losses: Tensor) -> None:
-        """Note the mean cross-entropy [n] of a training pass at the first n positions, nats."""
-        if self.observed is not None:
-            self.observed.observe(losses)
-
-    def keep_observations(self) -> None:
-        if self.observed is not None:
-            self.observed.keep()
-
-    def drop_observations(self) -> None:
-        if self.observed is not None:
-            self.observed.drop()
 
     def enter(self, index: int, x: Tensor, state: EngramState) -> tuple[Tensor, Tensor, BlockInputs]:
         if index > self.extract_after:

@@ -147,21 +147,7 @@ class PrefixEngrams(WindowEngrams):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.wants_losses = self.gate is not None
         self.observed = ObservedLoss(config.max_seq_len) if self.gate is not None else None
-
-    def observe_loss(self, losses: Tensor) -> None:
-        """Note the mean cross-entropy [n] of a training pass at the first n positions, nats."""
-        if self.observed is not None:
-            self.observed.observe(losses)
-
-    def keep_observations(self) -> None:
-        if self.observed is not None:
-            self.observed.keep()
-
-    def drop_observations(self) -> None:
-        if self.observed is not None:
-            self.observed.drop()
 
     def enter(self, index: int, x: Tensor, state: EngramState) -> tuple[Tensor, Tensor, BlockInputs]:
         memory, inputs = state.inputs.memory, BlockInputs()
