@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from distinct_models import DISTINCT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +14,6 @@ from hrs.models.hrs import HRSModel
 from hrs.presets import PRESETS, experiment
 
 T = 64
-# One preset of each distinct model.
-DISTINCT = {experiment(name, "micro").model: name for name in reversed(PRESETS)}.values()
 RERUN = [name for name in DISTINCT if PRESETS[name].leaks]
 INCREMENTAL = [name for name in DISTINCT if name not in RERUN]
 MECHANISMS = [

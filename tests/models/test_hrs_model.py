@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 import torch.nn.functional as F
+from distinct_models import DISTINCT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,8 +18,6 @@ from hrs.models import LanguageModel, WindowContext, build_model
 from hrs.models.hrs import HRSModel
 from hrs.presets import PRESETS, experiment
 
-# One preset of each distinct model.
-DISTINCT = list({experiment(name, "micro").model: name for name in reversed(PRESETS)}.values())
 CLEAN = [name for name in DISTINCT if not PRESETS[name].leaks]
 PREFIXED = [name for name in DISTINCT if experiment(name, "micro").model.engram.kind == "prefix"]
 SAMPLE = ("dense_baseline", "dual_head_router", "full_hrs_trc", "full_hrs_legacy")

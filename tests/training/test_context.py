@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from distinct_models import DISTINCT
 from torch import Tensor
 from training_checks import curve, different, largest_gap, weights
 
@@ -16,7 +17,6 @@ from hrs.data.categories import token_labels
 from hrs.data.windows import evaluation_windows, history, window_categories
 from hrs.evaluation.leaks import CausalMean, SkeletonLM
 from hrs.models import ModelOutput, WindowContext
-from hrs.presets import PRESETS, experiment
 from hrs.training import Runtime, load_model, train
 from hrs.training.optimizer import build_optimizer
 from hrs.training.step import Stepper
@@ -215,8 +215,6 @@ def test_validation_tells_each_window_what_stands_before_it(small_experiment, sm
     assert not math.isclose(nats[True], nats[False], rel_tol=1e-5)
 
 
-DISTINCT = {experiment(name, "micro").model: name for name in reversed(PRESETS)}.values()
-"""One preset of each distinct model."""
 OFTEN = ("full_hrs_recurrence", "v18_cross_attn", "v5_replace_legacy")
 
 
