@@ -98,7 +98,7 @@ def audit(
 ) -> None:
     """Prove that a model cannot see the token it predicts; status 1 if it can."""
     from hrs.evaluation import audit as run_audit
-    from hrs.evaluation.audit_all import model_in_use
+    from hrs.evaluation.audit_all import new_model
     from hrs.training import load_model
 
     if every == (model is not None) or (every and random_tokens):
@@ -108,7 +108,7 @@ def audit(
     if Path(model).exists():
         network, _ = load_model(Path(model))
     else:
-        network = model_in_use(experiment(model, scale, seed).model, seed)
+        network = new_model(experiment(model, scale, seed).model, seed)
     report = run_audit(network, seed=seed, random_token_training=random_tokens)
     print(report)
     raise typer.Exit(0 if report.causal else 1)

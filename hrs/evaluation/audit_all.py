@@ -8,11 +8,8 @@ import torch
 
 from hrs.config import ModelConfig
 from hrs.evaluation.audit import AuditReport, audit
-from hrs.evaluation.audit_probe import random_context
 from hrs.models import LanguageModel, build_model
 from hrs.presets import PRESETS, Preset, experiment
-
-_WINDOWS_SEEN = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,23 +42,12 @@ def audit_presets(
     for preset in presets:
         model = experiment(preset.name, scale, seed, overrides).model
         if model not in reports:
-            reports[model] = audit(model_in_use(model, seed), seed=seed)
+            reports[model] = audit(new_model(model, seed), seed=seed)
         yield Verdict(preset=preset, report=reports[model])
 
 
-def model_in_use(config: ModelConfig, seed: int = 0) -> LanguageModel:
-    """A freshly initialised model that has seen one batch of random windows in training mode; now in evaluation mode.
-
-    What training fills (slots, average losses) is empty in a new model and whatever reads it is shut, so that an audit
-    would prove nothing of it.
-    """
-    torch.manual_seed(seed)
-    model = build_model(config).train()
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (_WINDOWS_SEEN, config.max_seq_len), generator=generator)
-    context = random_context(model, _WINDOWS_SEEN, config.vocab_size, generator)
-    model.set_progress(0.0)
-    with torch.no_grad():
-        model(tokens, context)
-    model.keep_observations()
-    return model.eval()
+def new_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
+    """A freshly initialised model in evaluation mode. The audit itself makes a copy that has seen training passes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(config).eval()

@@ -137,12 +137,12 @@ def prefix_consistency(probe: Probe) -> AuditTest:
 
     Only with weights as they are: magnified ones saturate the softmaxes, and rounding then decides ties.
     """
-    whole = logits_of(probe.model, probe.base)
+    whole = logits_of(probe.in_use, probe.base)
     scale = float(whole.abs().max()) or 1.0
     worst = 0.0
     moved: set[int] = set()
     for cut in probe.cuts:
-        prefix = logits_of(probe.model, probe.base.prefix(cut))
+        prefix = logits_of(probe.in_use, probe.base.prefix(cut))
         moved.update(moved_positions(prefix, whole[:, :cut], PREFIX_BOUND * scale))
         worst = max(worst, float((prefix - whole[:, :cut]).abs().max()) / scale)
     detail = (
@@ -163,9 +163,9 @@ def gradient(probe: Probe) -> AuditTest:
         embeddings.append(output.detach().requires_grad_())
         return embeddings[-1]
 
-    handle = probe.model.input_embedding.register_forward_hook(capture)
+    handle = probe.in_use.input_embedding.register_forward_hook(capture)
     with torch.enable_grad():
-        logits = probe.model(probe.base.tokens, probe.base.context).logits
+        logits = probe.in_use(probe.base.tokens, probe.base.context).logits
     handle.remove()
     if not embeddings:
         detail = "The model did not call its input_embedding, so nothing can be said about gradients."
@@ -197,13 +197,13 @@ def _is_history(ids: Tensor, history: Tensor) -> bool:
 
 def cached_decode(probe: Probe) -> AuditTest:
     """Decoding with a cache, by single tokens and by uneven chunks, gives the logits of the whole pass."""
-    whole = logits_of(probe.model, probe.base)
+    whole = logits_of(probe.in_use, probe.base)
     scale = float(whole.abs().max()) or 1.0
     worst = 0.0
     moved: set[int] = set()
     for size in (1, max(2, probe.n_tokens // 5 + 1)):
         try:
-            decoded = _decode(probe.model, probe.base, size)
+            decoded = _decode(probe.in_use, probe.base, size)
         except Exception as error:  # whatever it is, decoding does not work, and the other checks still have to run
             detail = f"Decoding by chunks of {size} raises {type(error).__name__}: {error}"
             return AuditTest(name="cached_decode", passed=False, detail=detail)

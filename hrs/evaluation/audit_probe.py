@@ -68,6 +68,11 @@ class Probe:
     """Make do with ``few_cuts`` for ``cuts``."""
 
     @property
+    def in_use(self) -> LanguageModel:
+        """The model with experience if that changes it, so that nothing it reads is empty."""
+        return self.model if self.experienced is None else self.experienced
+
+    @property
     def n_tokens(self) -> int:
         """T"""
         return self.base.tokens.shape[1]
@@ -202,7 +207,7 @@ def variants(probe: Probe, magnifications: Sequence[int] = MAGNIFICATIONS) -> It
     for factor in magnifications:
         yield (
             f"x{factor}",
-            _magnified(probe.model if probe.experienced is None else probe.experienced, factor, probe.seed),
+            _magnified(probe.in_use, factor, probe.seed),
         )
 
 

@@ -8,7 +8,8 @@ import torch
 
 from hrs.config import ModelConfig
 from hrs.evaluation import AuditReport, audit
-from hrs.evaluation.audit_all import audit_presets, model_in_use
+from hrs.evaluation.audit_all import audit_presets, new_model
+from hrs.evaluation.audit_probe import draw_probe
 from hrs.models.base import LanguageModel
 from hrs.presets import PRESETS, experiment
 
@@ -19,7 +20,13 @@ LEAKING = {"suffix_flip", "suffix_flip_training", "prefix_consistency", "gradien
 @functools.cache
 def report_of(model: ModelConfig) -> AuditReport:
     """Presets that differ in training only share a model."""
-    return audit(model_in_use(model))
+    return audit(new_model(model))
+
+
+def in_use(name: str, overrides: dict[str, object]) -> LanguageModel:
+    """What the audit makes of a new model before it looks for leaks."""
+    model = new_model(experiment(name, "micro", overrides=overrides).model)
+    return draw_probe(model, 0, model.max_seq_len).in_use
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -43,7 +50,7 @@ def test_only_legacy_presets_are_said_to_leak() -> None:
 def moved(name: str, changed: int) -> list[int]:
     """Positions whose logits move when the token ``changed`` does, of 32 in windows of 8."""
     overrides = {"model.max_seq_len": 32, "model.engram.window": 8, "data.tokenizer": "bpe:257"}
-    model = model_in_use(experiment(name, "micro", overrides=overrides).model).double()
+    model = in_use(name, overrides).double()
     tokens = torch.randint(257, (1, 32), generator=torch.Generator().manual_seed(1))
     other = tokens.clone()
     other[0, changed] = (tokens[0, changed] + 1) % 257
@@ -94,8 +101,8 @@ def buffers(model: LanguageModel, part: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["v18_cross_attn", "v18_cross_attn_legacy", "dense_memory"])
-def test_a_model_in_use_has_slots(name: str) -> None:
-    model = model_in_use(experiment(name, "micro", overrides=SMALL).model)
+def test_training_passes_of_the_audit_fill_slots(name: str) -> None:
+    model = in_use(name, SMALL)
     (slots,) = buffers(model, ".slots")
     assert not model.training
     assert (slots != 0).any(-1).all()
@@ -103,6 +110,6 @@ def test_a_model_in_use_has_slots(name: str) -> None:
     assert distinct == (1 if name.endswith("_legacy") else len(slots))
 
 
-def test_a_model_in_use_has_seen_losses() -> None:
-    (average,) = buffers(model_in_use(experiment("v5_replace_legacy", "micro", overrides=SMALL).model), ".average")
+def test_training_passes_of_the_audit_show_losses() -> None:
+    (average,) = buffers(in_use("v5_replace_legacy", SMALL), ".average")
     assert (average[:-1] > 0).all()  # what follows the last token of a window is not in it
