@@ -16,19 +16,23 @@ from hrs.config.components import (
     TierConfig,
 )
 from hrs.config.experiment import (
+    AveragingConfig,
     DataConfig,
     EvaluationConfig,
     ExperimentConfig,
     OptimizerConfig,
     PhaseConfig,
     ScheduleConfig,
+    SharingConfig,
     TrainingConfig,
 )
+from hrs.config.manifold import GeometryConfig, ManifoldConfig
 from hrs.config.model import ModelConfig
 
 __all__ = [
-    "AttentionConfig", "CategoryConfig", "DataConfig", "EngramConfig", "EvaluationConfig", "ExperimentConfig",
-    "LocalityConfig", "ModelConfig", "OptimizerConfig", "PeerConfig", "PhaseConfig", "RouterConfig", "ScheduleConfig",
-    "TestTimeMemoryConfig", "TierConfig", "TrainingConfig",
+    "AttentionConfig", "AveragingConfig", "CategoryConfig", "DataConfig", "EngramConfig", "EvaluationConfig",
+    "ExperimentConfig", "GeometryConfig", "LocalityConfig", "ManifoldConfig", "ModelConfig", "OptimizerConfig",
+    "PeerConfig", "PhaseConfig", "RouterConfig", "ScheduleConfig", "SharingConfig", "TestTimeMemoryConfig",
+    "TierConfig", "TrainingConfig",
     "canonical_json", "content_hash", "flatten", "from_dict", "override", "parse_assignments", "to_dict",
 ]  # fmt: skip

@@ -23,8 +23,8 @@ class ScheduleConfig:
     """Learning rate over the run, as shares of all steps, so that one schedule fits every scale."""
 
     shape: Literal["cosine", "wsd", "cosine_hold_linear"] = "cosine"
-    """``cosine`` to the floor; ``wsd``: warm-up, stable, linear decay; ``cosine_hold_linear``: cosine to the floor,
-    hold, linear to zero."""
+    """``cosine`` to the floor; ``wsd``: warm-up, stable, linear decay; ``cosine_hold_linear``: the warm-up times
+    a cosine from step 0 to the floor, hold, linear to zero."""
     peak_lr: float = 3e-4
     """Highest learning rate."""
     warmup_frac: float = 0.02
@@ -85,6 +85,42 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AveragingConfig:
+    """Exponential moving averages (EMA) of the weights beside the ones that learn (Polyak & Juditsky 1992)."""
+
+    decays: tuple[float, ...] = ()
+    """One average for each, updated after every optimiser step; empty is off."""
+    start_frac: float = 0.0
+    """Share of all steps after which the averages begin, as copies of the weights."""
+    keep: Literal["best", "last"] = "best"
+    """Which averaged weights the run is evaluated with. ``best``: those of the lowest validation loss of any average
+    at any validation. ``last``: the first decay's at the last step."""
+
+    def __post_init__(self) -> None:
+        require_within(self, start_frac=(0, 1))
+        if wrong := [d for d in self.decays if not 0 < d < 1]:
+            raise HRSError(f"training.averaging.decays must lie between 0 and 1, got {wrong[0]:g}")
+        if len(set(self.decays)) != len(self.decays):
+            raise HRSError("training.averaging.decays must be different from each other")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharingConfig:
+    """Several workers that learn from parts of each batch."""
+
+    workers: int = 1
+    """Processes; each takes an equal part of every batch. The mean of their gradients is the gradient of the batch, so
+    without ``unshared`` a run has the same result, up to rounding, for every number of workers."""
+    unshared: tuple[str, ...] = ()
+    """Parameter groups that learn from the first worker's part only, while all others get the mean."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, workers=1)
+        if self.unshared and self.workers == 1:
+            raise HRSError("training.sharing.unshared needs training.sharing.workers above 1: there is only one part")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """What the optimiser sees, step by step."""
 
@@ -102,12 +138,18 @@ class TrainingConfig:
     """Windows of those in-training validations; 0 is the whole split. The final evaluation always takes the whole."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
     phases: tuple[PhaseConfig, ...] = ()
     """Empty: one phase in which every multiplier is 1."""
 
     def __post_init__(self) -> None:
         require_at_least(self, steps=1, batch_sequences=1, validations=0, validation_windows=0)
         require_within(self, label_smoothing=(0, 1))
+        if self.batch_sequences % self.sharing.workers:
+            raise HRSError(
+                f"training.sharing.workers {self.sharing.workers} must divide batch_sequences {self.batch_sequences}"
+            )
         if self.phases and abs(sum(p.frac for p in self.phases) - 1) > 1e-6:
             raise HRSError(
                 f"training.phases: fractions sum to {sum(p.frac for p in self.phases):g}, they must sum to 1"

@@ -1,4 +1,4 @@
-"""Shape and composition of a model of the HRS family."""
+"""Shape and composition of a language model."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +14,7 @@ from hrs.config.components import (
     TestTimeMemoryConfig,
     TierConfig,
 )
+from hrs.config.manifold import ManifoldConfig
 from hrs.errors import HRSError
 
 FEED_FORWARDS = ("mlp", "tiers", "peer")
@@ -21,8 +22,12 @@ FEED_FORWARDS = ("mlp", "tiers", "peer")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Shape and composition of one language model of the HRS family."""
+    """Shape and composition of one language model."""
 
+    family: Literal["hrs", "manifold"] = "hrs"
+    """``hrs``: a transformer of blocks, all fields but ``manifold``. ``manifold``: hops over a frozen geometry of
+    tokens; it reads the sizes (vocab_size, n_layers, n_heads, d_model, max_seq_len, dropout, rope_base) and
+    ``manifold``."""
     vocab_size: int = 50257
     """Token ids. Set from the tokenizer when an experiment is composed."""
     n_layers: int = 4
@@ -56,6 +61,7 @@ class ModelConfig:
     locality: LocalityConfig = field(default_factory=LocalityConfig)
     category: CategoryConfig = field(default_factory=CategoryConfig)
     test_time_memory: TestTimeMemoryConfig = field(default_factory=TestTimeMemoryConfig)
+    manifold: ManifoldConfig = field(default_factory=ManifoldConfig)
 
     def __post_init__(self) -> None:
         require_at_least(self, vocab_size=2, n_layers=1, n_heads=1, d_model=2, d_ff=1, max_seq_len=2)
@@ -102,9 +108,9 @@ class ModelConfig:
     @property
     def routed(self) -> bool:
         """Whether blocks have a router."""
-        return "tiers" in self.feed_forward
+        return self.family == "hrs" and "tiers" in self.feed_forward
 
     @property
     def uses_peer(self) -> bool:
         """Whether blocks have product-key experts, as a layer or as a tier."""
-        return "peer" in self.feed_forward or (self.routed and "peer" in self.tiers.names)
+        return self.family == "hrs" and ("peer" in self.feed_forward or (self.routed and "peer" in self.tiers.names))

@@ -23,7 +23,9 @@ class ModelOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached diagnostics by name: ``tier_share`` [n_layers, n_tiers] (mean routing weights) and
     ``routing_entropy`` [n_layers] (nats) where there is a router; in eval mode also ``expert_usage``
-    [n_layers, n_experts], the retrieval weight each expert got in this pass, where there is PEER."""
+    [n_layers, n_experts], the retrieval weight each expert got in this pass, where there is PEER. The manifold-guided
+    network tells how its hops route: ``geo_support``, ``geo_null``, ``geo_share``, ``neighbour_coverage``,
+    ``prior_cosine`` and ``prior_ahead``, each [n_layers]."""
     category_logits: Tensor | None = None
     """[B, C], scores of the window's topic where there is a categorisation head."""
 

@@ -2,11 +2,12 @@
 
 for progress in train(config, store, directory):
     print(progress.step, progress.loss)
-model, config = load_model(directory)
+model, config = load_model(directory)  # the weights the run is to be evaluated with
 """
 
 from hrs.training.checkpoint import latest_checkpoint, load_model
-from hrs.training.loop import Progress, TrainingSummary, train
+from hrs.training.loop import train
+from hrs.training.progress import Progress, TrainingSummary
 from hrs.training.runtime import Runtime
 
 __all__ = ["Progress", "Runtime", "TrainingSummary", "latest_checkpoint", "load_model", "train"]

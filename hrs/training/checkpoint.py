@@ -2,10 +2,13 @@
 
     <run>/checkpoints/step_00000050/weights.safetensors     the model's state_dict
                                     trainer.safetensors     optimiser state by parameter name, RNG states
+                                    averages.safetensors    averages of the weights, by decay and parameter name
+                                    kept.safetensors        the averaged state_dict that the run is evaluated with
                                     state.json              format, config, counters, SHA-256 of everything
 
 Written to a hidden folder, synced to disk, then renamed: a folder ``step_*`` is complete or was damaged later, which
-the checksums tell. No pickle, so a checkpoint can be shared without trust.
+the checksums tell. No pickle, so a checkpoint can be shared without trust. A run without averages, or one in which
+they have not begun, has no file of them.
 """
 
 import hashlib
@@ -14,9 +17,9 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -26,11 +29,13 @@ from torch import Tensor, nn
 from hrs.config import ExperimentConfig, from_dict, to_dict
 from hrs.errors import HRSError
 from hrs.models import LanguageModel, build_model
+from hrs.training.averaging import Averages
 from hrs.training.randomness import get_rng, set_rng
 
 FORMAT = 1
 KEEP = 2
 WEIGHTS, TRAINER, STATE = "weights.safetensors", "trainer.safetensors", "state.json"
+AVERAGES, KEPT = "averages.safetensors", "kept.safetensors"
 
 _log = logging.getLogger(__name__)
 
@@ -45,13 +50,22 @@ class Checkpoint:
     """``moments/<kind>/<parameter>``, every tensor of the optimiser's state, and ``rng/<device type>``."""
     state: dict[str, Any]
     """``step``, ``config``, ``data`` and the counters the loop keeps."""
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    """As :meth:`hrs.training.averaging.Averages.tensors` gives them."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """The state_dict that the run is evaluated with, if it is an averaged one."""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], device: torch.device
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    device: torch.device,
+    averages: Averages | None = None,
 ) -> Path:
     """Write ``directory/checkpoints/step_%08d`` for ``state["step"]`` and keep the last two.
 
@@ -66,14 +80,19 @@ def save_checkpoint(
         for leftover in parent.glob(".step_*"):  # of a process that was killed while writing
             shutil.rmtree(leftover)
         partial.mkdir()
-        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, partial / WEIGHTS)
         rng = {f"rng/{kind}": state for kind, state in get_rng(device).items()}
-        save_file(_moments(model, optimizer) | rng, partial / TRAINER)
-        sums = {name: _sha256_file(partial / name) for name in (WEIGHTS, TRAINER)}
+        files = {WEIGHTS: model.state_dict(), TRAINER: _moments(model, optimizer) | rng}
+        if averages is not None and (tensors := averages.tensors()):
+            files[AVERAGES] = tensors
+        if averages is not None and averages.kept is not None:
+            files[KEPT] = averages.kept.weights
+        for name, content in files.items():
+            save_file({k: v.detach().contiguous() for k, v in content.items()}, partial / name)
+        sums = {name: _sha256_file(partial / name) for name in files}
         sums["state"] = _sha256_json(state)
         document = {"format": FORMAT, "state": dict(state), "sha256": sums}
         (partial / STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
-        for path in (partial / WEIGHTS, partial / TRAINER, partial / STATE, partial):
+        for path in (*(partial / name for name in files), partial / STATE, partial):
             _sync(path)
         if final.exists():  # a damaged one that was passed over; rename cannot replace a folder that is not empty
             os.replace(final, parent / f".{final.name}.damaged")
@@ -130,10 +149,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise HRSError(f"checkpoint {path} has format {written} and this version of hrs reads {FORMAT}: update hrs")
     if sums.get("state") != _sha256_json(state):
         raise HRSError(f"checkpoint {path} is damaged: {STATE} is not what was written")
-    for name in (WEIGHTS, TRAINER):
+    names = [WEIGHTS, TRAINER, *(name for name in (AVERAGES, KEPT) if name in sums)]
+    for name in names:
         if not (path / name).is_file() or _sha256_file(path / name) != sums.get(name):
             raise HRSError(f"checkpoint {path} is damaged: {name} is missing or not what was written")
-    return Checkpoint(path, load_file(path / WEIGHTS), load_file(path / TRAINER), state)
+    tensors = {name: load_file(path / name) for name in names}
+    return Checkpoint(path, tensors[WEIGHTS], tensors[TRAINER], state, tensors.get(AVERAGES, {}), tensors.get(KEPT, {}))
 
 
 def read_latest(directory: Path) -> Checkpoint | None:
@@ -153,22 +174,38 @@ def read_latest(directory: Path) -> Checkpoint | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Put weights, moments and random states back, exactly."""
-    _load_weights(checkpoint, model)
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    averages: Averages | None = None,
+) -> None:
+    """Put weights, moments, averages and random states back, exactly."""
+    _load_weights(checkpoint, checkpoint.weights, model)
     parameters = dict(model.named_parameters())
     for key, value in checkpoint.trainer.items():
         if key.startswith("moments/"):
             _, kind, name = key.split("/", 2)
             optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
+    if averages is not None:
+        averages.restore(checkpoint.averages, checkpoint.kept, checkpoint.state.get("kept"))
     set_rng({k.removeprefix("rng/"): v for k, v in checkpoint.trainer.items() if k.startswith("rng/")}, device)
 
 
-def load_model(checkpoint: Path) -> tuple[LanguageModel, ExperimentConfig]:
+def load_model(
+    checkpoint: Path, weights: Literal["auto", "last", "averaged"] = "auto"
+) -> tuple[LanguageModel, ExperimentConfig]:
     """The model of a run directory (its last checkpoint) or of one checkpoint directory: on the CPU, in eval mode.
 
+    Args:
+        weights: ``last`` are those that learn; ``averaged`` those that ``training.averaging.keep`` names, of a
+            run that is not finished the best so far; ``auto`` are the averaged ones if there are any, else the last:
+            what the run is to be evaluated with.
+
     Raises:
-        HRSError: if there is no checkpoint, or it is damaged or does not belong to this version of the model.
+        HRSError: if there is no checkpoint, it is damaged or does not belong to this version of the model, or averaged
+            weights are asked for and it holds none.
     """
     path = Path(checkpoint)
     if not path.is_dir():
@@ -180,15 +217,17 @@ def load_model(checkpoint: Path) -> tuple[LanguageModel, ExperimentConfig]:
         path = latest
     read = read_checkpoint(path)
     config: ExperimentConfig = from_dict(ExperimentConfig, read.state["config"])
+    if weights == "averaged" and not read.kept:
+        raise HRSError(f"checkpoint {path} holds no averaged weights: ask for the last ones")
     with torch.random.fork_rng(devices=[]):  # initialisation must not move the caller's generator
         model = build_model(config.model)
-    _load_weights(read, model)
+    _load_weights(read, read.weights if weights == "last" else read.kept or read.weights, model)
     return model.eval(), config
 
 
-def _load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _load_weights(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> None:
     try:
-        model.load_state_dict(checkpoint.weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise HRSError(
             f"checkpoint {checkpoint.path} has other parameters than this version's model: "

@@ -4,88 +4,64 @@ A run killed at any step and started again ends with the weights it would have h
 a function of (seed, step), noise comes from the global generators, and their states are in every checkpoint.
 """
 
-import json
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from hrs.config import ExperimentConfig
+from hrs.config import AveragingConfig, ExperimentConfig
 from hrs.data import TokenStore
 from hrs.data.categories import token_labels
 from hrs.data.windows import TrainingWindows, history, window_categories
 from hrs.errors import HRSError
 from hrs.models import build_model
 from hrs.models.base import WindowContext
+from hrs.models.geometry import TokenGeometry
 from hrs.training.activations import checkpoint_activations
+from hrs.training.averaging import Averages
 from hrs.training.checkpoint import config_as_json, read_latest, restore, save_checkpoint
 from hrs.training.interval import IntervalMeans
 from hrs.training.memory import fit_micro_batch
 from hrs.training.optimizer import build_optimizer, set_rates
 from hrs.training.phases import Phase, check_phases, enter_phase, phase_at, phases_of
+from hrs.training.progress import Progress, TrainingSummary, memory_in_use_bytes
 from hrs.training.randomness import get_rng, set_rng
+from hrs.training.requirements import require_trainable
 from hrs.training.runtime import DEFAULT_RUNTIME, Runtime
 from hrs.training.schedule import lr
+from hrs.training.sharing import Workers, checksums
 from hrs.training.step import Stepper
 from hrs.training.validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """Where a run stands after ``step`` of ``steps`` optimiser steps."""
-
-    step: int
-    steps: int
-    loss: float
-    """Mean training cross-entropy since the last report, in nats, without auxiliary terms; NaN if all was skipped."""
-    metrics: dict[str, float]
-    """``train_loss``, auxiliary losses by name, ``lr``, ``grad_norm`` (before clipping), ``phase`` (index),
-    ``tier_share_<name>``, ``tokens_per_second``, ``skipped_steps``, and ``validation_loss`` when taken just now."""
-    tokens_per_second: float
-    """Since the last report, without validations and checkpoints."""
-    seconds_left: float
-    """At the run's mean speed, with validations and checkpoints."""
-    phase: str
-    """Name of the phase of the last step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingSummary:
-    """What a finished run cost; ``training.json`` in the run directory."""
-
-    seconds: float
-    """Over all sessions of the run, with validations and checkpoints, without steps that a crash undid."""
-    tokens_per_second: float
-    """Of the optimiser steps alone."""
-    peak_memory_bytes: int
-    """CUDA: the most its allocator had in use. CPU: the largest resident size of the whole process seen at a report,
-    which in a process that did other work before includes what that left."""
-    skipped_steps: int
-    """Steps without an update, because the loss or the gradient was not finite."""
-    micro_batch: int
-    """Windows per forward pass at the end: smaller than asked for if memory ran out."""
-
-
 def train(
-    config: ExperimentConfig, store: TokenStore, directory: Path, runtime: Runtime = DEFAULT_RUNTIME
+    config: ExperimentConfig,
+    store: TokenStore,
+    directory: Path,
+    runtime: Runtime = DEFAULT_RUNTIME,
+    geometry: TokenGeometry | None = None,
+    workers: Workers | None = None,
 ) -> Iterator[Progress]:
     """Train ``config`` on ``store`` in ``directory``, from its last checkpoint if it has one.
 
     Yields every ``runtime.log_every`` steps, at every validation, and at the last step. A run that is complete yields
     nothing. What the consumer draws from torch's global generators between reports does not reach the run.
 
+    Args:
+        geometry: what a manifold-guided network reads. Only a new run of that family needs it: checkpoints hold it.
+        workers: this process's place among ``training.sharing.workers`` that all call this with the same arguments.
+            Only the first of them yields, validates and writes. Without it this process does the work of all.
+
     Raises:
         HRSError: if the micro-batch does not divide the batch, the model does not fit the memory, the loss is not
-            finite ten steps in a row, the disk is full, or the directory holds another run.
+            finite ten steps in a row, the disk is full, the directory holds another run, a geometry is missing, or the
+            workers come apart (another one ended, or other weights).
     """
-    run = _Run(config, store, Path(directory), runtime)
+    run = _Run(config, store, Path(directory), runtime, geometry, workers)
     while run.step < config.training.steps:
         progress = run.advance()
         if progress is not None:
@@ -93,39 +69,41 @@ def train(
             yield progress
             set_rng(rng, run.device)
         run.save_if_due()
-    run.write_summary()
+    if run.first:
+        run.write_summary()
 
 
 class _Run:
     """State of one run in this process."""
 
-    def __init__(self, config: ExperimentConfig, store: TokenStore, directory: Path, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        store: TokenStore,
+        directory: Path,
+        runtime: Runtime,
+        geometry: TokenGeometry | None,
+        workers: Workers | None,
+    ) -> None:
         training, model = config.training, config.model
-        if store.vocab_size != model.vocab_size:
-            raise HRSError(
-                f"the token store has {store.vocab_size} ids and the model {model.vocab_size}: "
-                f"open the store of this experiment's data, tokenizer {config.data.tokenizer}"
-            )
-        if runtime.compile and training.optimizer.expert_updates == "lazy":
-            raise HRSError(
-                "a compiled model has no sparse gradients, which training.optimizer.expert_updates=lazy needs: "
-                "use expert_updates=dense, or do not compile"
-            )
+        require_trainable(config, store, directory, runtime, geometry, workers)
         torch.set_num_threads(runtime.threads)
         torch.manual_seed(config.seed)
         self.config, self.store, self.directory, self.runtime = config, store, directory, runtime
+        self.workers, self.first = workers, workers is None or workers.first
         self.device = runtime.torch_device()
         self.windows = TrainingWindows(store.train.tokens, model.max_seq_len, training.batch_sequences, config.seed)
         self.validation = Validation(store.validation, config) if training.validations else None
         n = training.validations
         self.validation_steps = {round((i + 1) * training.steps / n) for i in range(n)}
-        self.model = build_model(model).to(self.device).train()
+        self.model = build_model(model, geometry).to(self.device).train()
         self.labels = token_labels(store, "train", model.category) if self.model.n_categories else None
         self.optimizer = build_optimizer(self.model, training.optimizer)
         self.phases = phases_of(training.phases, training.steps)
         check_phases(self.phases, self.model)
         if runtime.activation_checkpointing:
             checkpoint_activations(self.model)
+        self.averages = Averages(training.averaging if self.first else AveragingConfig(), self.model, training.steps)
 
         state = self._restored_state()
         self.step: int = state["step"]
@@ -138,16 +116,24 @@ class _Run:
         self.interval_steps, self.interval_seconds = 0, 0.0
         self.phase: Phase | None = None
         self.stepper = Stepper(
-            self.model, self.optimizer, training, self.device, self._micro_batch(state), compiled=runtime.compile
+            self.model,
+            self.optimizer,
+            training,
+            self.device,
+            self._micro_batch(state),
+            compiled=runtime.compile,
+            workers=workers,
         )
+        self._require_equal_workers("at the start")
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def advance(self) -> Progress | None:
         """Do one step, and validate or report if it is time."""
         began = time.perf_counter()
-        self._learn()
+        updated = self._learn()
         self.step += 1
+        self.averages.follow(self.step, updated=updated)
         elapsed = time.perf_counter() - began
         self.seconds += elapsed
         self.step_seconds += elapsed
@@ -155,12 +141,15 @@ class _Run:
         self.interval_seconds += elapsed
         last = self.step == self.config.training.steps
         progress = None
-        if last or self.step % self.runtime.log_every == 0 or self.step in self.validation_steps:
+        if self.first and (last or self.step % self.runtime.log_every == 0 or self.step in self.validation_steps):
             progress = self._report()
+        if last:
+            self.averages.finish(self.step)
         self.seconds += time.perf_counter() - began - elapsed
         return progress
 
-    def _learn(self) -> None:
+    def _learn(self) -> bool:
+        """One optimiser step; False if it was skipped."""
         training, step = self.config.training, self.step
         phase = phase_at(self.phases, step)
         if phase is not self.phase:
@@ -173,8 +162,9 @@ class _Run:
         diagnostics = self.stepper.step(tokens, self._context(step))
         if diagnostics is not None:
             self.skipped_in_a_row = 0
-            self.interval.add(diagnostics)
-            return
+            if self.first:
+                self.interval.add(diagnostics)
+            return True
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -182,6 +172,7 @@ class _Run:
                 f"loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}: lower "
                 "training.schedule.peak_lr; the weights before these steps are in the last checkpoint"
             )
+        return False
 
     def _context(self, step: int) -> WindowContext | None:
         """What the model wants to be told of the windows of a step besides their tokens; None if nothing."""
@@ -202,11 +193,12 @@ class _Run:
         metrics = {}
         for name, values in self.interval.take().items():
             metrics.update(self._named(name, values))
-        if self.step in self.validation_steps and self.validation:
-            metrics["validation_loss"] = self.validation.loss(self.model, self.device, self.stepper.micro_batch)
+        if self.step in self.validation_steps:
+            metrics["validation_loss"] = self._validation_loss()
+            metrics |= self.averages.validate(self._validation_loss, self.step)
         speed = self.interval_steps * self.config.tokens_per_step / self.interval_seconds
         self.interval_steps, self.interval_seconds = 0, 0.0
-        self.peak_memory_bytes = max(self.peak_memory_bytes, _memory_bytes(self.device))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory_in_use_bytes(self.device))
         metrics |= {
             "lr": self.lr,
             "phase": float(self.phase.index),
@@ -223,6 +215,10 @@ class _Run:
             phase=self.phase.config.name,
         )
 
+    def _validation_loss(self) -> float:
+        assert self.validation is not None
+        return self.validation.loss(self.model, self.device, self.stepper.micro_batch)
+
     def _named(self, name: str, values: list[float]) -> dict[str, float]:
         """A diagnostic as scalars; the elements of ``tier_share`` carry the names of their tiers."""
         if len(values) == 1:
@@ -236,6 +232,9 @@ class _Run:
         """Write a checkpoint at its step, and at the last one."""
         if self.step != self.config.training.steps and self.step % self.runtime.checkpoint_every:
             return
+        self._require_equal_workers(f"after step {self.step}")
+        if not self.first:
+            return
         began = time.perf_counter()
         state = {
             "config": config_as_json(self.config),
@@ -248,28 +247,36 @@ class _Run:
             "peak_memory_bytes": self.peak_memory_bytes,
             "micro_batch": self.stepper.micro_batch,
             "interval": self.interval.state(),
+            "kept": self.averages.kept and self.averages.kept.facts(),
         }
-        save_checkpoint(self.directory, self.model, self.optimizer, state, self.device)
+        save_checkpoint(self.directory, self.model, self.optimizer, state, self.device, self.averages)
         self.seconds += time.perf_counter() - began
+
+    def _require_equal_workers(self, when: str) -> None:
+        if self.workers is not None:
+            self.workers.require_equal({"step": self.step} | checksums(self.model), when)
 
     def _restored_state(self) -> dict[str, Any]:
         """Counters of the last checkpoint, its tensors put back; those of a new run if there is none."""
         checkpoint = read_latest(self.directory)
         if checkpoint is None:
+            self.averages.follow(0, updated=False)
             names = ("step", "seconds", "step_seconds", "skipped_steps", "skipped_in_a_row", "peak_memory_bytes")
             return dict.fromkeys(names, 0) | {"micro_batch": None, "interval": None}
         state = checkpoint.state
         if (state["config"], state["data"]) != (config_as_json(self.config), self.store.fingerprint):
             raise HRSError(f"{self.directory} holds a run of another config or other data: use another directory")
-        restore(checkpoint, self.model, self.optimizer, self.device)
+        restore(checkpoint, self.model, self.optimizer, self.device, self.averages)
         return state
 
     def _micro_batch(self, state: dict[str, Any]) -> int:
         """What the user asked for; else what an earlier session found to fit; else what is predicted to fit."""
-        batch, asked = self.config.training.batch_sequences, self.runtime.micro_batch
+        sharing, asked = self.config.training.sharing, self.runtime.micro_batch
+        batch = self.config.training.batch_sequences // sharing.workers
         if asked is not None:
             if batch % asked:
-                raise HRSError(f"micro_batch {asked} must divide batch {batch}")
+                part = f" of each of {sharing.workers} workers" if sharing.workers > 1 else ""
+                raise HRSError(f"micro_batch {asked} must divide batch {batch}{part}")
             return asked
         if state["micro_batch"] is not None:
             return int(state["micro_batch"])
@@ -279,19 +286,13 @@ class _Run:
 
     def write_summary(self) -> None:
         """Write ``training.json``."""
-        summary = TrainingSummary(
+        kept = self.averages.kept
+        TrainingSummary(
             seconds=self.seconds,
             tokens_per_second=self.step * self.config.tokens_per_step / self.step_seconds,
             peak_memory_bytes=self.peak_memory_bytes,
             skipped_steps=self.skipped,
             micro_batch=self.stepper.micro_batch,
-        )
-        partial = self.directory / ".training.json.partial"
-        partial.write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
-        os.replace(partial, self.directory / "training.json")
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+            kept_step=kept.step if kept else None,
+            kept_decay=kept.decay if kept else None,
+        ).save(self.directory)

@@ -42,6 +42,8 @@ class MemoryEstimate:
     optimizer_bytes: int
     activation_bytes: int
     """Everything else that a tensor holds: activations, inputs, temporaries of the backward pass."""
+    average_bytes: int
+    """Averages of the weights; on the CPU also the one that is kept, without its buffers."""
     overhead_bytes: int
     """The card's own; 0 on the CPU."""
 
@@ -76,9 +78,13 @@ def estimate_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) 
         optimizer=config.training.optimizer,
     )
     n_micro_batches = batch // micro_batch
+    n_averages = len(config.training.averaging.decays)
+    n_kept = 0 if on_cuda else min(1, n_averages)
     if training.optimizer.expert_updates == "dense":
         n_micro_batches = min(2, n_micro_batches)
-    return _trace(config.model, training, micro_batch, n_micro_batches, on_cuda, runtime.activation_checkpointing)
+    step = _trace(config.model, training, micro_batch, n_micro_batches, on_cuda, runtime.activation_checkpointing)
+    average_bytes = (n_averages + n_kept) * step.parameter_bytes
+    return replace(step, peak_bytes=step.peak_bytes + average_bytes, average_bytes=average_bytes)
 
 
 def predict_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> int:
@@ -113,6 +119,7 @@ def _trace(
         gradient_bytes=top.by_category["gradients"],
         optimizer_bytes=top.by_category["optimizer"],
         activation_bytes=top.by_category["activations"],
+        average_bytes=0,  # told apart by the caller, so that runs with and without them share a trace
         overhead_bytes=overhead_bytes,
     )
 
@@ -123,10 +130,11 @@ def fit_micro_batch(config: ExperimentConfig, limit_bytes: int, runtime: Runtime
     Raises:
         HRSError: if not even one window at a time fits.
     """
-    batch = config.training.batch_sequences
+    whole = config.training.batch_sequences
+    batch = whole // config.training.sharing.workers  # no micro-batch reaches over the border of a worker's part
     # The undivided batch is apart: its gradients need not outlive a micro-batch, so it may fit where its half does not.
     if (peak_bytes := predict_peak(config, batch, runtime)) <= limit_bytes:
-        return MemoryPlan(micro_batch=batch, accumulation=1, peak_bytes=peak_bytes)
+        return MemoryPlan(micro_batch=batch, accumulation=whole // batch, peak_bytes=peak_bytes)
     divisors = [n for n in range(1, batch) if batch % n == 0]
     low, high = 0, len(divisors)  # divisors[:low] fit, divisors[high:] do not
     while low < high:
@@ -139,7 +147,7 @@ def fit_micro_batch(config: ExperimentConfig, limit_bytes: int, runtime: Runtime
         raise HRSError(_too_large(config, limit_bytes, runtime))
     fitting = divisors[low - 1]
     peak_bytes = predict_peak(config, fitting, runtime)
-    return MemoryPlan(micro_batch=fitting, accumulation=batch // fitting, peak_bytes=peak_bytes)
+    return MemoryPlan(micro_batch=fitting, accumulation=whole // fitting, peak_bytes=peak_bytes)
 
 
 def _too_large(config: ExperimentConfig, limit_bytes: int, runtime: Runtime) -> str:

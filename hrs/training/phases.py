@@ -15,7 +15,7 @@ from hrs.models import LanguageModel
 
 ROLES = (
     "backbone", "locality_head", "router", "conv", "expert", "attention_tier", "sink", "engram", "test_time_memory",
-    "loss_scales",
+    "loss_scales", "hops",
 )  # fmt: skip
 """Groups a phase may name whether or not this model has them: one table of multipliers serves every ablation."""
 

@@ -10,12 +10,14 @@ from hrs.errors import HRSError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runtime:
-    """Execution of one training run on one machine."""
+    """Execution of one training run in one process. Which of several workers that is, and that there are others, says
+    :class:`hrs.training.sharing.Workers`."""
 
     device: str = "auto"
     """``auto`` is the first CUDA card if there is one, else the CPU; or a torch device such as ``cuda:1``."""
     micro_batch: int | None = None
-    """Windows per forward pass. None starts from the whole batch, or from what fits ``memory_limit_bytes``."""
+    """Windows per forward pass. None starts from the whole batch (with ``training.sharing.workers`` from one worker's
+    part, which it must divide), or from what fits ``memory_limit_bytes``."""
     threads: int = 1
     """CPU threads of torch."""
     compile: bool = False

@@ -13,11 +13,15 @@ from hrs.training.loss import cross_entropy
 from hrs.training.optimizer import clip_gradients, gradient_norm
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.runtime import autocast
+from hrs.training.sharing import Workers, unshared_parameters
 
 _log = logging.getLogger(__name__)
 
 Diagnostics = dict[str, list[Tensor]]
-"""Detached values by name, one per micro-batch; still on the device, so that collecting them does not wait for it."""
+"""Detached values by name, one per micro-batch; still on the device, so that collecting them does not wait for it.
+Those that several workers exchanged are one mean, on the CPU."""
+
+_TOTAL = "loss with its auxiliary terms"
 
 
 class Stepper:
@@ -25,6 +29,12 @@ class Stepper:
 
     ``micro_batch`` falls when memory runs out. The effective batch never changes: it is what a run is, and the
     micro-batch is only how this machine computes it.
+
+    With ``training.sharing.workers`` a batch has that many equal parts. ``workers`` is this process's place among those
+    that compute a part each; without it all parts are computed here, one after another. Either way the result is the
+    same up to rounding (and the micro-batches of routed models, whose auxiliary losses are taken in each): every part
+    draws noise from a seed of its own, unshared groups learn from the first part only, and what a model remembers of
+    its passes it remembers of the first part.
     """
 
     def __init__(
@@ -36,12 +46,17 @@ class Stepper:
         micro_batch: int,
         *,
         compiled: bool = False,
+        workers: Workers | None = None,
     ) -> None:
+        """Raises HRSError if ``config.sharing`` names a group that the model does not have."""
         self.model = model
         self.optimizer = optimizer
         self.config = config
         self.device = device
         self.micro_batch = micro_batch
+        self.workers = workers
+        self._parameters = list(model.parameters())
+        self._unshared = unshared_parameters(model.parameter_groups(), config.sharing)
         # The bound method, not the module: torch.compile(model) would prefix every name of the state_dict.
         self._encode = torch.compile(model.encode) if compiled else model.encode
         self._unembed = torch.compile(model.unembed) if compiled else model.unembed
@@ -54,12 +69,14 @@ class Stepper:
             HRSError: if even one window at a time does not fit the memory.
         """
         diagnostics, total = self._gradients(tokens, context)
+        if self.workers is not None:
+            diagnostics, total = self._exchange(self.workers, diagnostics, total)
         norm = gradient_norm(self.optimizer)
         # The only wait for the device in a step.
         finite = all(map(math.isfinite, torch.stack([norm, total]).tolist()))
         if finite:
             self._apply(norm)
-            self.model.keep_observations()
+            self._remember()
             diagnostics["grad_norm"] = [norm]
         else:
             self.model.drop_observations()
@@ -76,6 +93,22 @@ class Stepper:
                 raise
             # Activations are gone by now: a smaller micro-batch would not help.
             raise self._too_large("the moments of AdamW are too much", error) from error
+
+    def _exchange(self, workers: Workers, diagnostics: Diagnostics, total: Tensor) -> tuple[Diagnostics, Tensor]:
+        """Give every worker the gradients, diagnostics and loss of the whole batch."""
+        unshared = {id(parameter) for parameter in self._unshared}
+        means = workers.exchange(self._parameters, unshared, diagnostics | {_TOTAL: [total]})
+        total = means.pop(_TOTAL)[0].to(self.device)
+        return {name: [mean] for name, mean in means.items()}, total
+
+    def _remember(self) -> None:
+        """The passes of the first part made an update, those of the others are forgotten."""
+        if self.workers is None or self.workers.first:
+            self.model.keep_observations()
+        else:
+            self.model.drop_observations()
+        if self.workers is not None:
+            self.workers.share_buffers(self.model)
 
     def _gradients(self, tokens: Tensor, context: WindowContext | None) -> tuple[Diagnostics, Tensor]:
         """Accumulate the gradients of one step, with ever smaller micro-batches until they fit."""
@@ -104,31 +137,70 @@ class Stepper:
         )
 
     def _shrink(self) -> None:
-        smaller = largest_divisor(self.config.batch_sequences, self.micro_batch // 2)
+        part = self.config.batch_sequences // self.config.sharing.workers
+        smaller = largest_divisor(part, self.micro_batch // 2)
         _log.warning("out of memory at micro_batch %d, going on with %d", self.micro_batch, smaller)
         self.micro_batch = smaller
 
     def accumulate(self, tokens: Tensor, context: WindowContext | None = None) -> tuple[Diagnostics, Tensor]:
-        """Gradients of the mean loss over all micro-batches, diagnostics, and that loss with its auxiliary terms."""
+        """Gradients of the mean loss over this process's parts of the batch, diagnostics, and that loss with its
+        auxiliary terms."""
         diagnostics: Diagnostics = {}
-        parts = tokens.split(self.micro_batch)
+        n = self.config.sharing.workers
+        if n == 1:
+            return diagnostics, self._accumulate_part(tokens, context, 1, None, diagnostics)
+        # One draw from the run's generator, the same on every worker, which is then left where that put it.
+        seeds = torch.randint(2**62, (n,)).tolist()
+        rng = get_rng(self.device)
+        parts = range(n) if self.workers is None else (self.workers.rank,)
+        size, unshared = len(tokens) // n, {id(parameter) for parameter in self._unshared}
+        learning: list[Tensor] = [p for p in self._parameters if p.requires_grad and id(p) not in unshared]
+        shared = learning if unshared else None
         sum_of_totals = torch.zeros((), device=self.device)
-        for index, part in enumerate(parts):
+        for part in reversed(parts):  # the first one last, so that the others' observations can be dropped
+            torch.manual_seed(seeds[part])
+            rows = slice(part * size, (part + 1) * size)
+            told = None if context is None else context.rows(rows)
+            if part == 0 and len(parts) > 1:
+                self.model.drop_observations()
+            into = shared if part else None
+            sum_of_totals += self._accumulate_part(tokens[rows], told, len(parts), into, diagnostics)
+        set_rng(rng, self.device)
+        for parameter in self._unshared if len(parts) > 1 else ():
+            if parameter.grad is not None:  # of the first part alone, and divided like all others
+                (parameter.grad._values() if parameter.grad.is_sparse else parameter.grad).mul_(n)
+        return diagnostics, sum_of_totals / len(parts)
+
+    def _accumulate_part(
+        self,
+        tokens: Tensor,
+        context: WindowContext | None,
+        n_parts: int,
+        into: list[Tensor] | None,
+        diagnostics: Diagnostics,
+    ) -> Tensor:
+        """Add the gradients of the mean loss of a part's micro-batches over ``n_parts``, for the parameters ``into``
+        only (None: for all that learn), and one value for each micro-batch to ``diagnostics``. Returns the mean of the
+        loss with its auxiliary terms."""
+        micro_batches = tokens.split(self.micro_batch)
+        sum_of_totals = torch.zeros((), device=self.device)
+        for index, windows in enumerate(micro_batches):
             rows = slice(index * self.micro_batch, (index + 1) * self.micro_batch)
             told = None if context is None else context.rows(rows)
             with autocast(self.config.precision, self.device):
-                output = self._encode(part[:, :-1], told)
+                output = self._encode(windows[:, :-1], told)
                 loss = cross_entropy(
                     self._unembed,
                     output.hidden,
-                    part[:, 1:],
+                    windows[:, 1:],
                     vocab_size=self.model.vocab_size,
                     label_smoothing=self.config.label_smoothing,
                 )
             total = loss
             for auxiliary in output.losses.values():
                 total = total + auxiliary
-            (total / len(parts)).backward()
+            if into is None or into:
+                (total / (n_parts * len(micro_batches))).backward(inputs=into)
             sum_of_totals += total.detach()
             values = {"train_loss": loss, **output.losses}
             for name, value in output.metrics.items():
@@ -136,7 +208,7 @@ class Stepper:
                     values[name] = value.float().mean(0).flatten()  # over layers
             for name, value in values.items():
                 diagnostics.setdefault(name, []).append(value.detach())
-        return diagnostics, sum_of_totals / len(parts)
+        return sum_of_totals / len(micro_batches)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

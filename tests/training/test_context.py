@@ -132,7 +132,7 @@ def listener(monkeypatch) -> list[Listener]:
     """Every model that a run builds is one of these."""
     built: list[Listener] = []
 
-    def build(config) -> Listener:
+    def build(config, geometry=None) -> Listener:
         built.append(Listener(config.vocab_size))
         return built[-1]
 

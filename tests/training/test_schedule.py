@@ -29,6 +29,27 @@ def test_cosine_hold_linear_falls_holds_and_ends_at_zero() -> None:
     assert {step: lr(schedule, step, 100) for step in expected} == pytest.approx(expected)
 
 
+def test_cosine_hold_linear_has_the_rates_of_the_original() -> None:
+    """Peak 4e-3, 100 steps of warm-up on a cosine that fell over 3400, held until 5500, at zero from 6100."""
+    steps = 6100
+    schedule = ScheduleConfig(
+        shape="cosine_hold_linear",
+        peak_lr=4e-3,
+        warmup_frac=100 / steps,
+        floor_frac=0.1,
+        decay_frac=600 / steps,
+        hold_frac=2100 / steps,
+    )
+    at_50 = 4e-3 * 0.5 * 0.99952
+    expected = {0: 0.0, 50: at_50, 1700: 4e-3 * 0.55, 5800: 2e-4, 6100: 0.0, 7000: 0.0}
+    assert {step: lr(schedule, step, steps) for step in expected} == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    assert [lr(schedule, step, steps) for step in range(3400, 5500)] == pytest.approx([4e-4] * 2100, rel=1e-12)
+    for step in range(0, 6100, 7):
+        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / 3400)) if step < 3400 else 0.1
+        factor = cosine if step < 5500 else 0.1 * max(0.0, 1 - (step - 5500) / 600)
+        assert lr(schedule, step, steps) == pytest.approx(4e-3 * min(step / 100, 1) * factor, rel=1e-9, abs=1e-12)
+
+
 def test_cosine_equals_the_textbook_formula() -> None:
     schedule = ScheduleConfig(shape="cosine", peak_lr=3e-4, warmup_frac=0.02)
     for step in range(1000, 50_000, 997):
