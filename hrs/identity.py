@@ -9,7 +9,7 @@ from pathlib import Path
 from hrs.config import ExperimentConfig, canonical_json
 
 _PACKAGE = Path(__file__).parent
-_ROOMS_THAT_MATTER = ("data", "nn", "models", "training", "evaluation")
+_ROOMS_THAT_MATTER = ("data", "nn", "models", "manifold", "training", "evaluation")
 
 
 def code_fingerprint(files: Iterable[Path]) -> str:

@@ -2,6 +2,7 @@
 
 <root>/mlflow/        mlflow.db and artifacts/ of the default tracking store
 <root>/tokens/<key>/  token stores, one per (corpus, tokenizer, code)
+<root>/manifolds/<key>/  geometries of tokens, one per (definition, token store, code)
 <root>/runs/<key>/    checkpoints and results of one run
 <root>/studies/<name>/report/
 """
@@ -23,6 +24,10 @@ class Storage:
     @property
     def tokens(self) -> Path:
         return self.root / "tokens"
+
+    @property
+    def manifolds(self) -> Path:
+        return self.root / "manifolds"
 
     @property
     def tracking_uri(self) -> str:

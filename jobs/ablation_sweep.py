@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.hardware import Hardware
+from hrs.cluster.manifold import build_manifolds
 from hrs.cluster.plan import Plan, format_plan, plan_runs
 from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.study import Study
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hardware = Hardware.of_this_machine() if nothing_to_do else Hardware.of_cluster(connect(storage))
     plan = plan_runs(runs, finished, hardware, storage, runtime)
     print(format_plan(plan), flush=True)
+    build_manifolds([trial.run.config for trial in plan.missing], storage, lambda line: print(line, flush=True))
     study_id = tracker.open_study(study.name, {run.key: run.config for run in runs})
     interrupted = bool(plan.missing) and not run_missing(plan, study_id, storage, runtime)
     tracker.reap(study.name)

@@ -104,10 +104,9 @@ def measure(runs: Sequence[Run], storage: Storage) -> dict[str, Separations]:
     """Topic separation of finished runs by key: those that have none yet are measured by workers, one core each."""
     missing = [run for run in runs if not _file(run, storage).exists()]
     if missing:
+        connect(storage)
         import ray
 
-        if not ray.is_initialized():
-            connect(storage)
         worker = ray.remote(num_cpus=1)(measure_run)
         try:
             ray.get([worker.remote(run, storage) for run in missing])

@@ -1,17 +1,17 @@
-"""One run in this process, without Ray: what ``hrs train`` does."""
+"""Runs one after the other, driven by this process: what ``hrs train`` does."""
 
 import time
 
 from hrs.cluster.progress import Pace
 from hrs.cluster.study import Study
-from hrs.cluster.trial import TrialSpec, run_trial
+from hrs.cluster.trial import Trainer, TrialSpec, run_trial
 from hrs.report import format_table
 from hrs.storage import open_storage
 from hrs.tracking import Tracker
-from hrs.training import Runtime
+from hrs.training import Runtime, train
 
 
-def train_inline(study: Study, runtime: Runtime) -> None:
+def train_inline(study: Study, runtime: Runtime, trainer: Trainer = train) -> None:
     """Train, evaluate and audit what is missing of a study, one run after the other, and print the table."""
     storage = open_storage()
     tracker = Tracker(storage)
@@ -24,7 +24,7 @@ def train_inline(study: Study, runtime: Runtime) -> None:
             print(f"{run.label:<28} finished before")
             continue
         spec = TrialSpec(run=run, study_id=study_id, storage_root=str(storage.root), runtime=runtime)
-        for progress in run_trial(spec):
+        for progress in run_trial(spec, trainer):
             if pace.lets_through(run.label, progress, time.monotonic()):
                 print(progress.line(run.label), flush=True)
     tracker.close_study(study_id, "finished")

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def preflight(storage: Storage, free_bytes: int = FREE_BYTES) -> None:
 def connect(storage: Storage | None = None) -> dict[str, float]:
     """Join the cluster this process belongs to, or start one that lives as long as this process; its resources by name.
 
+    Ray reads its variables when it is imported, so this comes before ``import ray``. Calling it again changes nothing.
+
     In a submitted job that is the job's cluster. Everywhere else Ray would attach to whatever cluster it finds first,
     possibly someone else's; a private one is started instead. With ``storage``, every node of a larger cluster is
     asked whether it sees that folder and runs the same code.
@@ -46,7 +49,9 @@ def connect(storage: Storage | None = None) -> dict[str, float]:
     Raises:
         HRSError: if the cluster cannot be reached, refuses the token, runs another Python or Ray, or a node differs.
     """
-    if "RAY_ADDRESS" not in os.environ:
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        pass
+    elif "RAY_ADDRESS" not in os.environ:
         _start_private_cluster()
     elif os.environ["RAY_ADDRESS"].startswith("http"):
         raise HRSError(

@@ -7,7 +7,7 @@ moment continues where its last checkpoint was, in the same tracked run.
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,17 +15,19 @@ from typing import Literal
 import torch
 from filelock import FileLock
 
+from hrs.cluster.manifold import geometry_of
 from hrs.cluster.progress import TrialProgress
 from hrs.cluster.study import Run
 from hrs.config import ExperimentConfig, canonical_json, from_dict
-from hrs.data import open_tokens
+from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
 from hrs.models import LanguageModel
+from hrs.models.geometry import TokenGeometry
 from hrs.report.plots import plot_loss_by_position
 from hrs.storage import Storage, open_storage
 from hrs.tracking import SILENT_SECONDS, Outcome, RunBusy, RunLogger, Tracker
-from hrs.training import Runtime, latest_checkpoint, load_model, train
+from hrs.training import Progress, Runtime, latest_checkpoint, load_model, train
 from hrs.training.memory import cap_process_memory
 
 
@@ -55,7 +57,11 @@ class TrialSpec:
         return cls(**values)
 
 
-def run_trial(spec: TrialSpec) -> Iterator[TrialProgress]:
+Trainer = Callable[[ExperimentConfig, TokenStore, Path, Runtime, TokenGeometry | None], Iterator[Progress]]
+"""What trains a run in its directory: :func:`hrs.training.train`, or another with its arguments and promises."""
+
+
+def run_trial(spec: TrialSpec, trainer: Trainer = train) -> Iterator[TrialProgress]:
     """Train, evaluate and audit one run, tracking everything; yields as it goes, ends after ``done``.
 
     Closing the generator early ends the tracked run with ``spec.stop_outcome``. Whatever exception ends it is recorded
@@ -69,7 +75,7 @@ def run_trial(spec: TrialSpec) -> Iterator[TrialProgress]:
         (directory / "config.json").write_text(canonical_json(run.config))
         tracker = Tracker(storage)
         if not tracker.finished([run.key]):
-            yield from _until_finished(spec, _open_run(tracker, spec), storage)
+            yield from _until_finished(spec, trainer, _open_run(tracker, spec), storage)
     yield TrialProgress(stage="done", step=steps, steps=steps)
 
 
@@ -85,9 +91,9 @@ def _open_run(tracker: Tracker, spec: TrialSpec) -> RunLogger:
             time.sleep(10)
 
 
-def _until_finished(spec: TrialSpec, logger: RunLogger, storage: Storage) -> Iterator[TrialProgress]:
+def _until_finished(spec: TrialSpec, trainer: Trainer, logger: RunLogger, storage: Storage) -> Iterator[TrialProgress]:
     try:
-        yield from _steps(spec, storage, logger)
+        yield from _steps(spec, trainer, storage, logger)
     except GeneratorExit:
         logger.finish(spec.stop_outcome, "closed before its last step")
         raise
@@ -98,7 +104,7 @@ def _until_finished(spec: TrialSpec, logger: RunLogger, storage: Storage) -> Ite
     logger.finish("finished")
 
 
-def _steps(spec: TrialSpec, storage: Storage, logger: RunLogger) -> Iterator[TrialProgress]:
+def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogger) -> Iterator[TrialProgress]:
     config, directory = spec.run.config, storage.run(spec.run.key)
     steps, device = config.training.steps, spec.runtime.torch_device()
     if device.type == "cuda":
@@ -107,7 +113,7 @@ def _steps(spec: TrialSpec, storage: Storage, logger: RunLogger) -> Iterator[Tri
         if spec.card_frac:
             cap_process_memory(spec.card_frac, device)
     store = open_tokens(config.data, storage.tokens)
-    for p in train(config, store, directory, spec.runtime):
+    for p in trainer(config, store, directory, spec.runtime, geometry_of(config, store, storage)):
         logger.log(p.step, p.metrics)
         yield TrialProgress(
             stage="train",

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from hrs.errors import HRSError
 from hrs.presets.controls import CONTROLS, KERNELS
 from hrs.presets.legacy import LEGACY
+from hrs.presets.manifold import MANIFOLD, MANIFOLD_LEGACY
 from hrs.presets.preset import Preset
 from hrs.presets.v1 import V1
 from hrs.presets.v2_to_v7 import V2_TO_V7
@@ -18,7 +19,8 @@ FAMILIES: Mapping[str, tuple[Preset, ...]] = {
     "Versions 15 to 18": V15_TO_V18,
     "Controls": CONTROLS,
     "Attention kernels and positions": KERNELS,
-    "Legacy": LEGACY,
+    "Manifold-guided network": MANIFOLD,
+    "Legacy": (*LEGACY, MANIFOLD_LEGACY),
 }
 """Presets by group, in the order of lists and pages."""
 

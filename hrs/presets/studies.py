@@ -3,6 +3,7 @@
 from hrs.errors import HRSError
 from hrs.presets.controls import CONTROLS, KERNELS
 from hrs.presets.legacy import LEGACY
+from hrs.presets.manifold import MANIFOLD, MANIFOLD_LEGACY
 from hrs.presets.preset import Preset
 from hrs.presets.v1 import V1
 from hrs.presets.v2_to_v7 import V2_TO_V7
@@ -27,6 +28,8 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "peer": (
         "dense_baseline", "v10_control", "v16_peer_engram", "v17_peer_only", "v17_unphased", "v17_paper_peer",
     ),
+    "manifold": ("dense_baseline", *_names(MANIFOLD)),
+    "manifold_with_legacy": ("dense_baseline", *_names(MANIFOLD), MANIFOLD_LEGACY.name),
     "kernels": ("dense_baseline", *_names(KERNELS)),
 }  # fmt: skip
 

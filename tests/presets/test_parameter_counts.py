@@ -70,6 +70,11 @@ def test_repairs_cost_what_they_say(preset: str) -> None:
     assert parameters(preset) == ORIGINAL[preset] + REPAIRED.get(preset, 0)
 
 
+def test_the_manifold_guided_network_as_built_has_the_originals_parameters() -> None:
+    """Its plain form keeps the vocabulary and width of the scale, so that it compares with the other rows."""
+    assert parameters("manifold_v18_legacy") == PRESETS["manifold_v18_legacy"].original_params == 20_705_679
+
+
 def test_presets_carry_the_originals_count() -> None:
     carried = {p.name: p.original_params for p in PRESETS.values() if p.original_params and not p.legacy}
     assert carried == ORIGINAL

@@ -1,0 +1,245 @@
+"""The energy of positions and its gradient, three ways: over all pairs, from random tokens, and as originally sampled.
+
+The energy of positions x [V, d], with r_ab = ||x_a - x_b|| and sums over unordered pairs of tokens::
+
+    E = sum 2 w_ab r_ab^2                                   springs between tokens that keep company
+      + sum q_ab / r_ab                                     q = 1 + 0.5 t_a t_b - 0.1 m_a m_b
+      + 0.3 sum |D_ab| ((x_b - x_a).g - 0.1 sign D_ab)^2    directed springs: what comes later sits further along g
+      + 0.001 sum ||x_a||^2                                 confinement, so that tokens without springs stay
+
+m is the mass, t the asymmetry where it is above its median and 0 elsewhere, g the first axis. Distances under 1/r are
+floored at 1e-4, where the force is zero. The original has no last term, D is symmetric and pulls like a spring.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+from hrs.config.manifold import GeometryConfig
+from hrs.manifold.blocks import map_blocks
+from hrs.manifold.forces import Forces
+
+Array = NDArray[Any]
+Energy = Callable[[Array], tuple[float, Array]]
+"""Positions [V, d] -> the energy and its gradient [V, d]."""
+
+TORSION, GRAVITY, DIRECTED = 0.5, 0.1, 0.3
+STEP_ALONG_AXIS = 0.1
+CONFINEMENT = 1e-3
+FLOOR = 1e-4
+
+DENSE_ROWS, SAMPLED_ROWS = 256, 2048
+SAMPLE = 512
+"""Tokens whose repulsion all others feel in one step of the sampled energy."""
+SPRING_DRAWS, PAIR_DRAWS, TORSION_DRAWS, DIRECTED_DRAWS = 200_000, 80_000, 2_000, 100_000
+"""Pairs that the original draws per step."""
+
+
+def active_asymmetry(forces: Forces) -> NDArray[np.float64]:
+    """[V], the asymmetry of tokens above the median and 0 for the others."""
+    return np.where(forces.asymmetry > np.median(forces.asymmetry), forces.asymmetry, 0.0)
+
+
+def charges(forces: Forces) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """([V, 3], [V, 3]) whose product, the second transposed, is q [V, V]: the coefficients of 1/r."""
+    torsion = active_asymmetry(forces)
+    left = np.stack([np.ones_like(torsion), TORSION * torsion, -GRAVITY * forces.mass], axis=1)
+    right = np.stack([np.ones_like(torsion), torsion, forces.mass], axis=1)
+    return left, right
+
+
+# ---- all pairs -------------------------------------------------------------------------------------------------------
+
+
+def exact_energy(forces: Forces) -> Energy:
+    """The energy over all pairs. Holds one dense V x V matrix."""
+    attraction = 2 * forces.springs.toarray()
+    left, right = charges(forces)
+    strength = abs(forces.directed)
+
+    def energy(x: Array) -> tuple[float, Array]:
+        by_pairs, gradient = pairwise(x, attraction, lambda rows: left[rows] @ right.T)
+        by_token, more = _directed_and_confined(x, forces.directed, strength)
+        return by_pairs + by_token, gradient + more
+
+    return energy
+
+
+def pairwise(x: Array, attraction: Array, repulsion: Callable[[slice], Array]) -> tuple[float, Array]:
+    """Energy and gradient [V, d] of (1/2) sum over ordered pairs of A_ab r_ab^2 + R_ab / r_ab.
+
+    Args:
+        x: [V, d] positions.
+        attraction: A, [V, V] symmetric, zero diagonal.
+        repulsion: gives rows of R, symmetric; its diagonal is not looked at.
+    """
+    squares = np.einsum("vd,vd->v", x, x)
+
+    def of_rows(rows: slice) -> tuple[float, Array]:
+        r2 = squares[rows, None] + squares - 2 * (x[rows] @ x.T)  # [B, V]
+        own = np.arange(rows.stop - rows.start), np.arange(rows.start, rows.stop)
+        floored = r2 <= FLOOR**2
+        r2[floored] = FLOOR**2
+        inverse = 1 / np.sqrt(r2)
+        r2[own] = inverse[own] = 0.0
+        repelled = repulsion(rows) * inverse
+        energy = 0.5 * (np.vdot(attraction[rows], r2) + repelled.sum())
+        repelled *= inverse * inverse
+        repelled[floored] = 0.0
+        pull = 2 * attraction[rows] - repelled  # [B, V]
+        return float(energy), pull.sum(axis=1)[:, None] * x[rows] - pull @ x
+
+    parts = map_blocks(of_rows, len(x), DENSE_ROWS)
+    return sum(energy for energy, _ in parts), np.concatenate([gradient for _, gradient in parts])
+
+
+def _directed_and_confined(
+    x: Array, directed: scipy.sparse.csr_array, strength: scipy.sparse.csr_array
+) -> tuple[float, Array]:
+    """Energy and gradient [V, d] of the directed springs and the confinement; ``strength`` is |D|.
+
+    With p = x.g, over ordered pairs: 0.15 sum |D| (p_b - p_a)^2 - 2 delta D (p_b - p_a) + delta^2 |D|.
+    """
+    p = x[:, 0].astype(np.float64)
+    degree = np.asarray(strength.sum(axis=1)).ravel()
+    lead = np.asarray(directed.sum(axis=1)).ravel()  # sum_b D_ab: positive for tokens that come first
+    pulled = degree * p - strength @ p  # [V]
+    gradient = 2 * CONFINEMENT * x
+    gradient[:, 0] += 2 * DIRECTED * (pulled + STEP_ALONG_AXIS * lead)
+    ordered = np.dot(p, pulled) + 2 * STEP_ALONG_AXIS * np.dot(p, lead) + 0.5 * STEP_ALONG_AXIS**2 * degree.sum()
+    return float(DIRECTED * ordered + CONFINEMENT * np.vdot(x, x)), gradient
+
+
+# ---- random tokens: the same energy for large vocabularies -----------------------------------------------------------
+
+
+def sampled_energy(forces: Forces, draw: np.random.Generator) -> Energy:
+    """An estimate of :func:`exact_energy` and of its gradient, both unbiased, in time V * 512 * d; float32.
+
+    All tokens feel the same block of random tokens, scaled up. Only the force on each token is estimated so, not its
+    reaction on the block, which would be rare and huge. Blocks are cut from one permutation after another: every token
+    repels equally often.
+    """
+    n_tokens = len(forces.mass)
+    springs = forces.springs.astype(np.float32)
+    stiffness = np.asarray(springs.sum(axis=1), dtype=np.float32).reshape(-1, 1)  # [V, 1]
+    left, right = (c.astype(np.float32) for c in charges(forces))
+    strength = abs(forces.directed)
+    waiting = np.zeros(0, dtype=np.int64)
+
+    def energy(x: Array) -> tuple[float, Array]:
+        nonlocal waiting
+        size = min(SAMPLE, n_tokens)
+        if len(waiting) < size:
+            waiting = draw.permutation(n_tokens)
+        block, waiting = np.sort(waiting[:size]), waiting[size:]
+        squares = np.einsum("vd,vd->v", x, x)
+        others = x[block]
+
+        def of_rows(rows: slice) -> tuple[float, float, Array]:
+            r2 = squares[rows, None] + squares[block] - 2 * (x[rows] @ others.T)  # [B, m]
+            floored = r2 <= FLOOR**2
+            r2[floored] = FLOOR**2
+            inverse = 1 / np.sqrt(r2)
+            scale = np.full((len(r2), 1), (n_tokens - 1) / size, dtype=np.float32)
+            column = np.flatnonzero((block >= rows.start) & (block < rows.stop))
+            scale[block[column] - rows.start] = (n_tokens - 1) / max(size - 1, 1)
+            inverse[block[column] - rows.start, column] = 0.0
+            repelled = (left[rows] @ right[block].T) * inverse * scale
+            by_pairs = 0.5 * float(repelled.sum(dtype=np.float64))
+            repelled *= inverse * inverse
+            repelled[floored] = 0.0
+            stretched = stiffness[rows] * x[rows] - springs[rows] @ x  # [B, d]
+            by_springs = 2 * float(np.vdot(x[rows], stretched))
+            return by_pairs, by_springs, 4 * stretched + repelled @ others - repelled.sum(axis=1)[:, None] * x[rows]
+
+        parts = map_blocks(of_rows, n_tokens, SAMPLED_ROWS)
+        by_token, gradient = _directed_and_confined(x, forces.directed, strength)
+        gradient += np.concatenate([part for _, _, part in parts])
+        return by_token + sum(a + b for a, b, _ in parts), gradient
+
+    return energy
+
+
+# ---- as originally sampled -------------------------------------------------------------------------------------------
+
+
+def as_built_energy(forces: Forces, draw: np.random.Generator, config: GeometryConfig) -> Energy:
+    """The original's energy: every call draws its pairs anew, with replacement, as many as the original.
+
+    Expected values: 2 sum w r^2, sum 1/r, -0.1 sum m m / r and 0.6 sum d r^2 over unordered pairs. Torsion is drawn
+    from pairs of tokens above the median and, as there, not scaled up.
+    """
+    n_tokens = len(forces.mass)
+    springs, directed = forces.springs.tocoo(), forces.directed.tocoo()  # both directions are listed
+    active = np.flatnonzero(active_asymmetry(forces))
+    scale = n_tokens * (n_tokens - 1) / 2 / PAIR_DRAWS
+    of_pairs = _pairs_densely if config.partners == 0 else _pairs_one_by_one
+
+    def edges(graph: scipy.sparse.coo_array, n_draws: int, factor: float) -> tuple[Array, Array, Array]:
+        n = min(n_draws, graph.nnz)
+        chosen = draw.integers(graph.nnz, size=n) if n else np.zeros(0, dtype=np.int64)
+        return graph.row[chosen], graph.col[chosen], factor * graph.nnz / max(n, 1) * graph.data[chosen]
+
+    def pairs(among: Array, n_draws: int) -> tuple[Array, Array]:
+        a = draw.integers(len(among), size=n_draws)
+        b = (a + draw.integers(1, len(among), size=n_draws)) % len(among)  # another token
+        return among[a], among[b]
+
+    def energy(x: Array) -> tuple[float, Array]:
+        attract = [edges(springs, SPRING_DRAWS, 1.0), edges(directed, DIRECTED_DRAWS, DIRECTED)]
+        everyone = np.arange(n_tokens)
+        a, b = pairs(everyone, PAIR_DRAWS)
+        repel = [(a, b, np.full(PAIR_DRAWS, scale))]
+        a, b = pairs(everyone, PAIR_DRAWS)
+        repel.append((a, b, -GRAVITY * scale * forces.mass[a] * forces.mass[b]))
+        if len(active) > 1:
+            a, b = pairs(active, min(TORSION_DRAWS, len(active) * (len(active) - 1) // 2))
+            repel.append((a, b, TORSION * forces.asymmetry[a] * forces.asymmetry[b]))
+        return of_pairs(x, _joined(attract), _joined(repel))
+
+    return energy
+
+
+Weighted = tuple[Array, Array, Array]
+"""(first tokens [n], second tokens [n], weights [n])."""
+
+
+def _joined(lists: list[Weighted]) -> Weighted:
+    a, b, weights = (np.concatenate(column) for column in zip(*lists, strict=True))
+    return a, b, weights
+
+
+def _pairs_densely(x: Array, attract: Weighted, repel: Weighted) -> tuple[float, Array]:
+    """sum A r^2 + sum R / r over listed pairs, by two V x V matrices: faster when most pairs are drawn anyway."""
+    n = len(x)
+
+    def symmetric(listed: Weighted) -> Array:
+        a, b, weights = listed
+        matrix = np.bincount(a.astype(np.int64) * n + b, weights=weights, minlength=n * n).reshape(n, n)
+        return matrix + matrix.T
+
+    repulsion = symmetric(repel)
+    return pairwise(x, symmetric(attract), lambda rows: repulsion[rows])
+
+
+def _pairs_one_by_one(x: Array, attract: Weighted, repel: Weighted) -> tuple[float, Array]:
+    """The same without V x V matrices."""
+
+    def r2_of(listed: Weighted) -> Array:
+        a, b, _ = listed
+        parts = map_blocks(lambda part: np.einsum("nd,nd->n", *[x[a[part]] - x[b[part]]] * 2), len(a), SAMPLED_ROWS)
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    stretched, (_, _, stiffness) = r2_of(attract), attract
+    apart, (_, _, charge) = r2_of(repel), repel
+    inverse = 1 / np.sqrt(np.maximum(apart, FLOOR**2))
+    energy = np.dot(stiffness, np.maximum(stretched, FLOOR**2)) + np.dot(charge, inverse)
+    pushed = np.where(apart <= FLOOR**2, 0.0, charge * inverse**3)
+    a, b, pull = _joined([(*attract[:2], 2 * stiffness), (*repel[:2], -pushed)])
+    matrix = scipy.sparse.coo_array((pull, (a, b)), shape=(len(x), len(x))).tocsr()
+    matrix = matrix + matrix.T
+    return float(energy), np.asarray(matrix.sum(axis=1)).reshape(-1, 1) * x - matrix @ x
