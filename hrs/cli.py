@@ -25,6 +25,8 @@ Corpus = Annotated[
     str | None, typer.Option(help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH.")
 ]
 
+Model = Annotated[Path, typer.Argument(help="A run's directory, one of its checkpoints, or an artifact.")]
+
 
 @app.command()
 def presets(
@@ -84,7 +86,7 @@ def train(
 @app.command()
 def audit(
     model: Annotated[
-        str | None, typer.Argument(metavar="[PRESET|CHECKPOINT]", help="A preset's name, or a run's directory.")
+        str | None, typer.Argument(metavar="[PRESET|MODEL]", help="A preset's name, a run's directory or an artifact.")
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Audit every preset; status 1 if one is not what its label says.")
@@ -99,14 +101,14 @@ def audit(
     """Prove that a model cannot see the token it predicts; status 1 if it can."""
     from hrs.evaluation import audit as run_audit
     from hrs.evaluation.audit_all import new_model
-    from hrs.training import load_model
+    from hrs.export import load
 
     if every == (model is not None) or (every and random_tokens):
         raise HRSError("audit takes one preset or run directory, or --all alone: see 'hrs audit --help'")
     if model is None:
         raise typer.Exit(_audit_all(scale, seed))
     if Path(model).exists():
-        network, _ = load_model(Path(model))
+        network, _ = load(Path(model))
     else:
         network = new_model(experiment(model, scale, seed).model, seed)
     report = run_audit(network, seed=seed, random_token_training=random_tokens)
@@ -128,19 +130,19 @@ def _audit_all(scale: str, seed: int) -> int:
 
 @app.command()
 def evaluate(
-    checkpoint: Path,
+    model: Model,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
     save: Annotated[
         Path | None, typer.Option(help="Write evaluation.json and documents.arrow into this folder.")
     ] = None,
 ) -> None:
-    """Score a checkpoint on a whole split of the corpus it was trained on."""
+    """Score a model on a whole split of the corpus it was trained on."""
     from hrs.data import open_tokens
     from hrs.evaluation import evaluate as run_evaluation
+    from hrs.export import load
     from hrs.storage import open_storage
-    from hrs.training import load_model
 
-    network, config = load_model(checkpoint)
+    network, config = load(model)
     store = open_tokens(config.data, open_storage().tokens)
     result = run_evaluation(network, store, split, stride_frac=config.evaluation.stride_frac)
     print(f"{config.preset} on {config.data.corpus}, {split} split, {result.n_tokens:,} tokens")
@@ -151,8 +153,31 @@ def evaluate(
 
 
 @app.command()
-def generate(
+def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's directory, or one of its checkpoints.")],
+    budget: Annotated[str | None, typer.Option(help="Most bytes of the file: 16MB, 16MiB or a number.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Width of the integers, 4 to 8; default 8 or what fits.")] = None,
+    calibrate: Annotated[int, typer.Option(help="Training windows to look at while rounding (GPTQ).")] = 0,
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.hrs"),
+) -> None:
+    """Round a trained model into one small file, read it back and score it; status 1 if that cost suspiciously much."""
+    from hrs.data import open_tokens
+    from hrs.export import export as run_export
+    from hrs.export import format_result, parse_budget
+    from hrs.storage import open_storage
+    from hrs.training import Runtime, load_model
+
+    size = None if budget is None else parse_budget(budget)
+    _, config = load_model(checkpoint)
+    store, device = open_tokens(config.data, open_storage().tokens), Runtime().torch_device()
+    result = run_export(checkpoint, output, store=store, budget=size, bits=bits, calibrate=calibrate, device=device)
+    print(format_result(result))
+    raise typer.Exit(1 if result.leak_alarm else 0)
+
+
+@app.command()
+def generate(
+    model: Model,
     prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to continue; may be repeated.")] = None,
     prompt_file: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A file that is one prompt, '-' for standard input.")
@@ -170,11 +195,11 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line, with token ids.")] = False,
 ) -> None:
     """Continue texts with a trained model; without a prompt, start a document."""
-    from hrs.data import open_tokens
+    from hrs.export import open_model
     from hrs.generation import Sampling
     from hrs.generation.console import print_completions, read_prompt
     from hrs.storage import open_storage
-    from hrs.training import Runtime, load_model
+    from hrs.training import Runtime
 
     sampling = Sampling(
         temperature=temperature,
@@ -187,11 +212,12 @@ def generate(
         seed=seed,
     )
     prompts = [*(prompt or []), *map(read_prompt, prompt_file or [])] or [""]
-    network, config = load_model(checkpoint)
-    _warn_of_leaks(checkpoint)
-    store = open_tokens(config.data, open_storage().tokens)
-    network.to(Runtime().torch_device())
-    print_completions(network, store.tokenizer, prompts, sampling, samples=samples, stream=stream, as_json=as_json)
+    opened = open_model(model, open_storage().tokens)
+    if opened.causal is False:
+        sentence = "this model is not causal: it was trained to see the future, which is not there to continue"
+        print(f"warning: {sentence} (hrs audit tells more)", file=sys.stderr)
+    network = opened.model.to(Runtime().torch_device())
+    print_completions(network, opened.tokenizer, prompts, sampling, samples=samples, stream=stream, as_json=as_json)
 
 
 @app.command()
@@ -226,18 +252,6 @@ def plan(context: typer.Context, study: Annotated[str, typer.Argument(help="A st
     from jobs.ablation_sweep import main as sweep
 
     raise typer.Exit(sweep(["--study", study, "--dry-run", *context.args]))
-
-
-def _warn_of_leaks(checkpoint: Path) -> None:
-    """A line on standard error if the audit of the checkpoint's run failed. A run not audited yet says nothing."""
-    from hrs.evaluation import AuditReport
-
-    for directory in (checkpoint, checkpoint.absolute().parent.parent):
-        if (path := directory / "audit.json").is_file():
-            if not AuditReport.from_json(path.read_text(encoding="utf-8")).causal:
-                sentence = "this model is not causal: it was trained to see the future, which is not there to continue"
-                print(f"warning: {sentence} (hrs audit tells more)", file=sys.stderr)
-            return
 
 
 def _changes(corpus: str | None, overrides: list[str] | None) -> dict[str, str]:

@@ -98,6 +98,18 @@ class Tracker:
 
     # ---- runs --------------------------------------------------------------------------------------------------------
 
+    def log_run_artifacts(self, key: str, paths: Iterable[Path], folder: str) -> None:
+        """Store copies of files in a folder of a run's artifacts, whether it is finished or not.
+
+        Raises:
+            HRSError: if there is no such run.
+        """
+        run = self._find(key)
+        if run is None:
+            raise HRSError(f"there is no run {key}: train it first")
+        for path in paths:
+            self._client.log_artifact(run.info.run_id, str(path), folder)
+
     def open_run(
         self, key: str, study_id: str, config: ExperimentConfig, data_fingerprint: str, *, system_metrics: bool = False
     ) -> RunLogger:

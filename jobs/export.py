@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""From a trained run to one small file, read back and scored: the best of a study, or the one of a directory.
+
+    ray job submit --working-dir . -- python jobs/export.py v1-tiny --budget 600KB
+    python jobs/export.py PATH/TO/RUN --bits 6 --calibrate 64 --output model.hrs
+
+The best run of a study is the finished one with the fewest bits per byte whose model passed the causality audit. The
+file lies in the run's directory, unless --output says otherwise, and a copy with the run in MLflow. Status 1 if the
+rounding cost so much that it is an alarm.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
+
+import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs.cluster.preflight import connect, preflight
+from hrs.data import open_tokens
+from hrs.errors import HRSError
+from hrs.export import ExportResult, export, format_result, parse_budget
+from hrs.report.records import RunRecord
+from hrs.storage import Storage, open_storage
+from hrs.tracking import Tracker
+from hrs.training import Runtime, load_model
+from jobs.entry import run_entry
+
+FILE, RESULT = "model.hrs", "export.json"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The job's command line."""
+    parser = argparse.ArgumentParser(prog="jobs/export.py", description="Export a trained model to one small file.")
+    parser.add_argument("source", metavar="STUDY|RUN_DIRECTORY", help="a study's name such as v1-tiny, or a directory")
+    parser.add_argument("--budget", help="most bytes of the file: 16MB (decimal), 16MiB (binary) or a plain number")
+    parser.add_argument("--bits", type=int, help="width of the integers, 4 to 8 (default: 8, or what fits the budget)")
+    parser.add_argument(
+        "--calibrate", type=int, default=0, metavar="N", help="round with a look at N training windows (default 0)"
+    )
+    parser.add_argument("--output", type=Path, help=f"the file to write (default {FILE} in the run's directory)")
+    return parser.parse_args(arguments)
+
+
+def best_run(study: str, records: Sequence[RunRecord]) -> RunRecord:
+    """The finished, causal run with the fewest bits per byte.
+
+    Raises:
+        HRSError: if there is none.
+    """
+    ranked = [r for r in records if r.status == "finished" and r.causal and "bits_per_byte" in r.metrics]
+    if not ranked:
+        raise HRSError(f"study '{study}' has no finished run that passed the audit: finish one, or name a directory")
+    return min(ranked, key=lambda r: r.metrics["bits_per_byte"])
+
+
+def export_run(directory: Path, target: Path, options: argparse.Namespace, storage: Storage) -> ExportResult:
+    """What a worker does: open the run's data, then :func:`hrs.export.export`; keeps the result beside the file."""
+    _, config = load_model(directory)
+    result = export(
+        directory,
+        target,
+        store=open_tokens(config.data, storage.tokens),
+        budget=None if options.budget is None else parse_budget(options.budget),
+        bits=options.bits,
+        calibrate=options.calibrate,
+        device=Runtime().torch_device(),
+    )
+    target.with_name(RESULT).write_text(result.to_json(), encoding="utf-8")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export one run and print what it costs; 0, or 1 with the leak alarm."""
+    options = parse(arguments)
+    if options.budget is not None:
+        parse_budget(options.budget)  # fails now, not on a worker
+    storage = open_storage()
+    preflight(storage)
+    tracker = Tracker(storage)
+    directory = Path(options.source)
+    if directory.is_dir():
+        directory = directory.resolve()
+    else:
+        best = best_run(options.source, tracker.study_records(options.source, with_history=False))
+        print(f"best causal run: {best.preset}/{best.seed}, {best.metrics['bits_per_byte']:.4f} bits per byte")
+        directory = storage.run(best.key)
+    target = (options.output or directory / FILE).resolve()
+
+    cards = connect(storage).get("GPU", 0.0)
+    import ray
+
+    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards))(export_run)
+    try:
+        result = ray.get(worker.remote(directory, target, options, storage))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    print(format_result(result), flush=True)
+    track(tracker, directory, [target, target.with_name(RESULT)], storage)
+    return 1 if result.leak_alarm else 0
+
+
+def track(tracker: Tracker, directory: Path, files: Sequence[Path], storage: Storage) -> None:
+    """Copy the files to the finished run of this directory in MLflow, if there is one."""
+    key = directory.name
+    if directory != storage.run(key) or not tracker.finished([key]):
+        print("not tracked: the directory is not that of a finished run of this storage")
+        return
+    tracker.log_run_artifacts(key, files, "export")
+
+
+if __name__ == "__main__":
+    run_entry(main)
