@@ -5,10 +5,12 @@ The energy of positions x [V, d], with r_ab = ||x_a - x_b|| and sums over unorde
     E = sum 2 w_ab r_ab^2                                   springs between tokens that keep company
       + sum q_ab / r_ab                                     q = 1 + 0.5 t_a t_b - 0.1 m_a m_b
       + 0.3 sum |D_ab| ((x_b - x_a).g - 0.1 sign D_ab)^2    directed springs: what comes later sits further along g
-      + 0.001 sum ||x_a||^2                                 confinement, so that tokens without springs stay
+      + 0.001 sum ||x_a||^2                                 confinement, so that islands of tokens stay
 
 m is the mass, t the asymmetry where it is above its median and 0 elsewhere, g the first axis. Distances under 1/r are
-floored at 1e-4, where the force is zero. The original has no last term, D is symmetric and pulls like a spring.
+floored at 1e-4, where the force is zero. Tokens without any spring take no part: nothing would hold them, and in a
+large vocabulary they are many. The original has no last term, its D is symmetric and pulls like a spring, and all its
+tokens take part.
 """
 
 from collections.abc import Callable
@@ -36,6 +38,23 @@ SAMPLE = 512
 """Tokens whose repulsion all others feel in one step of the sampled energy."""
 SPRING_DRAWS, PAIR_DRAWS, TORSION_DRAWS, DIRECTED_DRAWS = 200_000, 80_000, 2_000, 100_000
 """Pairs that the original draws per step."""
+
+
+def linked_tokens(forces: Forces) -> NDArray[np.int64]:
+    """Ids, ascending, of the tokens with a spring or a directed spring."""
+    return np.flatnonzero(np.diff(forces.springs.indptr) + np.diff(forces.directed.indptr))
+
+
+def among(forces: Forces, tokens: NDArray[np.int64]) -> Forces:
+    """The forces of and between some tokens, in their order."""
+    return Forces(
+        springs=forces.springs[tokens][:, tokens],
+        asymmetry=forces.asymmetry[tokens],
+        directional=forces.directional[tokens],
+        mass=forces.mass[tokens],
+        directed=forces.directed[tokens][:, tokens],
+        syntactic=forces.syntactic[tokens],
+    )
 
 
 def active_asymmetry(forces: Forces) -> NDArray[np.float64]:

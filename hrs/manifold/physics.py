@@ -15,7 +15,15 @@ from scipy.optimize import OptimizeResult, minimize
 
 from hrs.config.manifold import GeometryConfig
 from hrs.manifold.blocks import single_threaded_blas
-from hrs.manifold.energy import Array, Energy, as_built_energy, exact_energy, sampled_energy
+from hrs.manifold.energy import (
+    Array,
+    Energy,
+    among,
+    as_built_energy,
+    exact_energy,
+    linked_tokens,
+    sampled_energy,
+)
 from hrs.manifold.forces import Forces
 
 Report = Callable[[str, float, str], None]
@@ -38,7 +46,7 @@ class Simulation:
     """Where the tokens came to rest."""
 
     positions: NDArray[np.float64]
-    """[V, dimensions]."""
+    """[V, dimensions]; of tokens that took no part, where they started."""
     energies: list[float]
     """Of every step."""
     converged: bool
@@ -53,15 +61,23 @@ def silent(stage: str, done: float, note: str) -> None:
 def simulate(forces: Forces, config: GeometryConfig, report: Report = silent) -> Simulation:
     """Let tokens move from 0.1 N(0, 1), drawn from ``config.seed``, until the energy rests or the steps run out.
 
+    Tokens without any spring stay where they start, unless the definition is the original's.
     On the CPU in float64; energies sampled for ``partners > 0`` are float32. The same bits at any number of threads.
     """
     draw = np.random.default_rng(config.seed)  # torch's normal numbers depend on the instruction set
     start = START_SCALE * draw.standard_normal((len(forces.mass), config.dimensions))
     if config.definition == "as_built":
         return _anneal(start, as_built_energy(forces, draw, config), config.steps, report)
+    tokens = linked_tokens(forces)
+    if len(tokens) == 0:
+        return Simulation(start, [], converged=True)
+    linked = among(forces, tokens)
     if config.partners == 0:
-        return _descend(start, exact_energy(forces), config.steps, report)
-    return _settle(start.astype(np.float32), sampled_energy(forces, draw), config.steps, report)
+        end = _descend(start[tokens], exact_energy(linked), config.steps, report)
+    else:
+        end = _settle(start[tokens].astype(np.float32), sampled_energy(linked, draw), config.steps, report)
+    start[tokens] = end.positions
+    return Simulation(start, end.energies, end.converged)
 
 
 def _descend(start: Array, energy: Energy, steps: int, report: Report) -> Simulation:

@@ -25,7 +25,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from hrs.config.manifold import GeometryConfig
 from hrs.manifold.blocks import largest, map_blocks, single_threaded_blas
-from hrs.manifold.energy import DIRECTED, GRAVITY, charges
+from hrs.manifold.energy import DIRECTED, GRAVITY, among, charges, linked_tokens
 from hrs.manifold.forces import Forces
 from hrs.manifold.physics import Report, silent
 
@@ -58,7 +58,9 @@ def spectral_coordinates(
     if config.definition == "as_built":
         values, spectral = _as_built_modes(forces, positions, config, report)
     else:
-        values, spectral = _soft_modes(stiffness(forces, positions), config)
+        tokens = linked_tokens(forces)
+        spectral = np.zeros((len(positions), config.modes))
+        values, spectral[tokens] = _soft_modes(stiffness(among(forces, tokens), positions[tokens]), config)
     report("spectrum", 1.0, f"eigenvalues {values[0]:.4g} to {values[-1]:.4g}")
     parts = [spectral]
     for part, share in ((forces.directional, DIRECTIONAL_SHARE), (forces.syntactic, SYNTACTIC_SHARE)):
@@ -71,7 +73,10 @@ def spectral_coordinates(
 
 
 def stiffness(forces: Forces, positions: NDArray[np.float64]) -> scipy.sparse.csr_array:
-    """k [V, V], symmetric with zero diagonal; only pairs with a spring, or directed spring, can be above zero."""
+    """k [V, V], symmetric with zero diagonal; only pairs with a spring or directed spring can be above zero.
+
+    ``forces`` of the tokens that took part, at their ``positions`` [V, d].
+    """
     dimensions = positions.shape[1]
     attraction = (4 * forces.springs + 2 * DIRECTED / dimensions * abs(forces.directed)).tocoo()
     left, right = charges(forces)
