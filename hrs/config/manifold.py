@@ -15,7 +15,7 @@ class GeometryConfig:
     dimensions: int = 300
     """Of the space in which the simulated tokens move."""
     steps: int = 1000
-    """Most steps of the simulation; ``clean`` ends earlier when its energy no longer falls, ``as_built`` takes them all."""
+    """Most steps of the simulation. ``clean`` ends earlier when its energy rests, ``as_built`` takes them all."""
     partners: int = 32
     """Only this many strongest partners of each token pull it, and a sample pushes it, which large vocabularies need.
     0: every pair of tokens is looked at, V^2 numbers."""
