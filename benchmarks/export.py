@@ -1,6 +1,6 @@
 """Size and loss of one trained run under every export scheme, on its whole validation split.
 
-    python -m benchmarks.export RUN_DIRECTORY [--budgets 5,4,3.5] [--calibrate 64] [--tokens FOLDER]
+    python -m benchmarks.export RUN_DIRECTORY [--budgets 5,4,3.5] [--calibrate 64] [--tokens FOLDER] [--rows "as built,int8"]
 
 Bytes are those of weights and buffers, without header and tokenizer, which no scheme changes. ``zstd`` and ``zlib`` are
 other codecs for the same levels. The rows ``fit N`` are what a budget of N bits per weight buys.
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--budgets", default="5,4,3.5", help="comma-separated bits per weight (default 5,4,3.5)")
     parser.add_argument("--calibrate", type=int, default=64, help="windows for the GPTQ rows (default 64)")
     parser.add_argument("--tokens", type=Path, help="folder of token stores (default: that of the storage)")
+    parser.add_argument("--rows", help="comma-separated names of the schemes to score (default all)")
     args = parser.parse_args()
+    rows = args.rows.split(",") if args.rows else None
     model, config = load_model(args.run)
     store = open_tokens(config.data, args.tokens or open_storage().tokens)
     n_weights = model.count_parameters()
@@ -69,6 +71,8 @@ def main() -> None:
         print(f"{name:<16}{size:>12,}{bits:>8.2f}{bits_per_byte:>10.5f}{gap:>+10.5f}  {more}", flush=True)
 
     def packed_row(name: str, grids: Grids, *, calibrated: bool = False) -> None:
+        if rows and name not in rows:
+            return
         packed = pack(model, grids, hessians if calibrated else None)
         state = {tensor: unpack(part.spec, part.payload) for part in packed for tensor in part.spec.names}
         codecs = ", ".join(f"{codec} {size:,}" for codec, size in recompressed(packed).items())
@@ -77,9 +81,10 @@ def main() -> None:
     print(f"{config.preset}/{config.seed}, {n_weights:,} parameters, {config.data.corpus}, {args.calibrate} windows")
     print(f"{'scheme':<16}{'bytes':>12}{'bits':>8}{'bits/byte':>10}{'gap':>10}")
     row("fp32", sum(e.tensor.nbytes for e in entries(model)), source)
-    for floor in (1 / 127, 0.0):
-        state, content = export_as_built(model.state_dict(), floor=floor, threshold=16_383)
-        row("as built" if floor else "... no floor", len(content), score(state), "zlib")
+    for name, floor in (("as built", 1 / 127), ("no floor", 0.0)):
+        if not rows or name in rows:
+            state, content = export_as_built(model.state_dict(), floor=floor, threshold=16_383)
+            row(name, len(content), score(state), "zlib")
     for bits in (8, 6, 5, 4):
         packed_row(f"int{bits}", Grids(Grid(bits), Grid(bits)))
         packed_row(f"int{bits} GPTQ", Grids(Grid(bits), Grid(bits)), calibrated=True)
