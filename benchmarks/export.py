@@ -1,6 +1,6 @@
 """Size and loss of one trained run under every export scheme, on its whole validation split.
 
-    python -m benchmarks.export RUN_DIRECTORY [--budgets 5,4,3.5] [--calibrate 64] [--tokens FOLDER] [--rows "as built,int8"]
+    python -m benchmarks.export RUN_DIRECTORY [--budgets 5,4,3.5] [--calibrate 64] [--rows "as built,int8"]
 
 Bytes are those of weights and buffers, without header and tokenizer, which no scheme changes. ``zstd`` and ``zlib`` are
 other codecs for the same levels. The rows ``fit N`` are what a budget of N bits per weight buys.
