@@ -30,7 +30,14 @@ from hrs.tracking import Tracker
 from jobs import ablation_sweep
 from jobs.entry import run_entry
 
-PRESETS = ("manifold_v18", "manifold_permuted", "manifold_random", "manifold_none", "dense_baseline")
+PRESETS = (
+    "manifold_v18",
+    "manifold_permuted",
+    "manifold_random",
+    "manifold_none",
+    "dense_wide_manifold",
+    "dense_baseline",
+)
 """The baseline of the differences is the corpus's geometry: its controls tell what it is worth."""
 LEGACY = "manifold_v18_legacy"
 TITLE = "manifold_controls"

@@ -23,7 +23,8 @@ def experiment(
     Raises:
         HRSError: for an unknown preset or scale, or overrides that name missing or mistyped fields.
     """
-    base = config = override(ExperimentConfig(preset=preset, scale=scale, seed=seed), get_scale(scale))
+    base = override(ExperimentConfig(preset=preset, scale=scale, seed=seed), get_scale(scale))
+    base = config = override(base, {"model.vocab_size": vocabulary_size(base.data.tokenizer)})
     for ancestor in lineage(preset):
         config = override(config, _changes(ancestor, base))
     overrides = dict(overrides or {})

@@ -1,6 +1,20 @@
 """The manifold-guided network, its controls, and the original that saw the future."""
 
-from hrs.presets.preset import Preset
+from hrs.config import ModelConfig
+from hrs.presets.preset import FromModel, Preset
+
+
+def _width_of_equal_size(model: ModelConfig) -> int:
+    """``d_ff`` with which a transformer of these sizes has as many parameters as the manifold-guided network."""
+    v, d, n, hops = model.vocab_size, model.d_model, model.manifold.geometry.n_coordinates, model.n_layers
+    ends = 2 * v * d + v + n * d + d * d + 4 * d + 2 * d * d + d + 2 * d  # embeddings, fusion, norm, output layer
+    shared = 2 * d * d + 2 * d + d * (4 * d + 3 * n) + d * n  # messages, attention, map to coordinates
+    cell = n * d + 9 * d * d + 7 * d
+    router = d * d + 2 * d + 29
+    mixer = 4 * d * d + 2 * d * n + 2 * d
+    network = ends + shared + hops * (cell + router + mixer + 9 * d + 2)
+    without_mlp = v * d + 2 * d + model.n_layers * (4 * d * d + 4 * d)
+    return round((network - without_mlp) / (2 * d * model.n_layers))
 
 
 def _control(name: str, source: str, summary: str) -> Preset:
@@ -20,6 +34,14 @@ MANIFOLD = (
     _control("manifold_permuted", "permuted", "each token has the coordinates of another: is it the geometry at all?"),
     _control("manifold_random", "random", "Gaussian coordinates of the same spectrum: is it this geometry?"),
     _control("manifold_none", "none", "no coordinates and no neighbours: what do the hops do without guidance?"),
+    Preset(
+        name="dense_wide_manifold",
+        parent="dense_baseline",
+        summary="wider MLPs in place of the hops and their guidance, with as many parameters as manifold_v18",
+        changes={
+            "model.d_ff": FromModel(_width_of_equal_size, "the width with which the MLPs hold as much as the hops")
+        },
+    ),
     Preset(
         name="manifold_as_built_geometry",
         parent="manifold_v18",

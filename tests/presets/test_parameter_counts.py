@@ -82,15 +82,16 @@ def test_presets_carry_the_originals_count() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(
-    ("wide", "with_engrams"),
+    ("wide", "other"),
     [
         ("dense_wide_recurrence", "dense_recurrence"),
         ("dense_wide_recurrence", "dense_window"),
         ("dense_wide_memory", "dense_memory"),
+        ("dense_wide_manifold", "manifold_v18"),
     ],
 )
-def test_controls_of_equal_size_are_within_one_percent(wide: str, with_engrams: str, scale: str) -> None:
-    assert parameters(wide, scale) == pytest.approx(parameters(with_engrams, scale), rel=0.01)
+def test_controls_of_equal_size_are_within_one_percent(wide: str, other: str, scale: str) -> None:
+    assert parameters(wide, scale) == pytest.approx(parameters(other, scale), rel=0.01)
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
