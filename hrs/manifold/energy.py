@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from hrs.config.manifold import GeometryConfig
 from hrs.manifold.blocks import map_blocks
+from hrs.manifold.exact import exact_product, snapped
 from hrs.manifold.forces import Forces
 
 Array = NDArray[Any]
+Indices = tuple[NDArray[np.int64], ...]
 Energy = Callable[[Array], tuple[float, Array]]
 """Positions [V, d] -> the energy and its gradient [V, d]."""
 
@@ -33,7 +35,7 @@ STEP_ALONG_AXIS = 0.1
 CONFINEMENT = 1e-3
 FLOOR = 1e-4
 
-DENSE_ROWS, SAMPLED_ROWS = 256, 2048
+DENSE_ROWS, SAMPLED_ROWS = 256, 512
 SAMPLE = 512
 """Tokens whose repulsion all others feel in one step of the sampled energy."""
 SPRING_DRAWS, PAIR_DRAWS, TORSION_DRAWS, DIRECTED_DRAWS = 200_000, 80_000, 2_000, 100_000
@@ -62,81 +64,108 @@ def active_asymmetry(forces: Forces) -> NDArray[np.float64]:
     return np.where(forces.asymmetry > np.median(forces.asymmetry), forces.asymmetry, 0.0)
 
 
-def charges(forces: Forces) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """([V, 3], [V, 3]) whose product, the second transposed, is q [V, V]: the coefficients of 1/r."""
-    torsion = active_asymmetry(forces)
-    left = np.stack([np.ones_like(torsion), TORSION * torsion, -GRAVITY * forces.mass], axis=1)
-    right = np.stack([np.ones_like(torsion), torsion, forces.mass], axis=1)
-    return left, right
+def charges(torsion: Array, mass: Array, torsion_of_others: Array, mass_of_others: Array) -> Array:
+    """q, the coefficients of 1/r, of tokens with others, broadcast; ``torsion`` is the :func:`active_asymmetry`."""
+    charge = (TORSION * torsion) * torsion_of_others
+    charge -= (GRAVITY * mass) * mass_of_others
+    charge += 1
+    return np.asarray(charge)
 
 
 # ---- all pairs -------------------------------------------------------------------------------------------------------
 
 
 def exact_energy(forces: Forces) -> Energy:
-    """The energy over all pairs. Holds one dense V x V matrix."""
+    """The energy over all pairs, the same bits on every processor. Holds two dense V x V matrices."""
     attraction = 2 * forces.springs.toarray()
-    left, right = charges(forces)
-    strength = abs(forces.directed)
+    torsion, mass = active_asymmetry(forces), forces.mass
+    charge = charges(torsion[:, None], mass[:, None], torsion, mass)
+    by_token = _directed_and_confined(forces)
 
     def energy(x: Array) -> tuple[float, Array]:
-        by_pairs, gradient = pairwise(x, attraction, lambda rows: left[rows] @ right.T)
-        by_token, more = _directed_and_confined(x, forces.directed, strength)
-        return by_pairs + by_token, gradient + more
+        pairs, gradient = pairwise(x, attraction, charge)
+        tokens, more = by_token(x)
+        return pairs + tokens, gradient + more
 
     return energy
 
 
-def pairwise(x: Array, attraction: Array, repulsion: Callable[[slice], Array]) -> tuple[float, Array]:
+def pairwise(x: Array, attraction: Array, repulsion: Array) -> tuple[float, Array]:
     """Energy and gradient [V, d] of (1/2) sum over ordered pairs of A_ab r_ab^2 + R_ab / r_ab.
+
+    Both the same bits on every processor. So positions are rounded to multiples of 2^-20 and a row of the force per
+    distance to 2^-30 of its sum of magnitudes, about.
 
     Args:
         x: [V, d] positions.
         attraction: A, [V, V] symmetric, zero diagonal.
-        repulsion: gives rows of R, symmetric; its diagonal is not looked at.
+        repulsion: R, [V, V] symmetric; its diagonal is not looked at.
     """
+    x, bits = snapped(x)
     squares = np.einsum("vd,vd->v", x, x)
 
     def of_rows(rows: slice) -> tuple[float, Array]:
-        r2 = squares[rows, None] + squares - 2 * (x[rows] @ x.T)  # [B, V]
+        r2, inverse, floored = _distances(x[rows], x, squares[rows], squares)  # [B, V]
         own = np.arange(rows.stop - rows.start), np.arange(rows.start, rows.stop)
-        floored = r2 <= FLOOR**2
-        r2[floored] = FLOOR**2
-        inverse = 1 / np.sqrt(r2)
         r2[own] = inverse[own] = 0.0
-        repelled = repulsion(rows) * inverse
-        energy = 0.5 * (np.vdot(attraction[rows], r2) + repelled.sum())
-        repelled *= inverse * inverse
+        repelled = repulsion[rows] * inverse
+        r2 *= attraction[rows]
+        r2 += repelled
+        energy = 0.5 * r2.sum()
+        inverse *= inverse
+        repelled *= inverse
         repelled[floored] = 0.0
         pull = 2 * attraction[rows] - repelled  # [B, V]
-        return float(energy), pull.sum(axis=1)[:, None] * x[rows] - pull @ x
+        total, pulled = exact_product(pull, x, bits)
+        return float(energy), total * x[rows] - pulled
 
     parts = map_blocks(of_rows, len(x), DENSE_ROWS)
     return sum(energy for energy, _ in parts), np.concatenate([gradient for _, gradient in parts])
 
 
-def _directed_and_confined(
-    x: Array, directed: scipy.sparse.csr_array, strength: scipy.sparse.csr_array
-) -> tuple[float, Array]:
-    """Energy and gradient [V, d] of the directed springs and the confinement; ``strength`` is |D|.
+def _distances(x: Array, others: Array, squares: Array, squares_of_others: Array) -> tuple[Array, Array, Indices]:
+    """r^2 [A, B], floored, and 1/r [A, B] of snapped positions [A, d] and [B, d], and where the floor was reached."""
+    r2 = x @ (-2 * others).T
+    r2 += squares[:, None]
+    r2 += squares_of_others  # exact up to here
+    floored = np.nonzero(r2 <= FLOOR**2)
+    r2[floored] = FLOOR**2
+    inverse = np.sqrt(r2)
+    np.divide(1, inverse, out=inverse)
+    return r2, inverse, floored
+
+
+def _directed_and_confined(forces: Forces) -> Energy:
+    """Energy and gradient [V, d] of the directed springs and the confinement.
 
     With p = x.g, over ordered pairs: 0.15 sum |D| (p_b - p_a)^2 - 2 delta D (p_b - p_a) + delta^2 |D|.
     """
-    p = x[:, 0].astype(np.float64)
-    degree = np.asarray(strength.sum(axis=1)).ravel()
-    lead = np.asarray(directed.sum(axis=1)).ravel()  # sum_b D_ab: positive for tokens that come first
-    pulled = degree * p - strength @ p  # [V]
-    gradient = 2 * CONFINEMENT * x
-    gradient[:, 0] += 2 * DIRECTED * (pulled + STEP_ALONG_AXIS * lead)
-    ordered = np.dot(p, pulled) + 2 * STEP_ALONG_AXIS * np.dot(p, lead) + 0.5 * STEP_ALONG_AXIS**2 * degree.sum()
-    return float(DIRECTED * ordered + CONFINEMENT * np.vdot(x, x)), gradient
+    directed = forces.directed.tocoo()
+    strength = abs(directed.data)
+    degree, lead = (  # lead: sum_b D_ab, positive for tokens that come first
+        np.bincount(directed.row, weights, minlength=len(forces.mass)) for weights in (strength, directed.data)
+    )
+    constant = 0.5 * STEP_ALONG_AXIS**2 * degree.sum()
+
+    def energy(x: Array) -> tuple[float, Array]:
+        p = x[:, 0].astype(np.float64)
+        partners = np.bincount(directed.row, strength * p[directed.col], minlength=len(p))
+        pulled = degree * p - partners  # [V]
+        gradient = 2 * CONFINEMENT * x
+        gradient[:, 0] += 2 * DIRECTED * (pulled + STEP_ALONG_AXIS * lead)
+        ordered = (p * pulled).sum() + 2 * STEP_ALONG_AXIS * (p * lead).sum() + constant
+        return float(DIRECTED * ordered + CONFINEMENT * (x * x).sum(dtype=np.float64)), gradient
+
+    return energy
 
 
 # ---- random tokens: the same energy for large vocabularies -----------------------------------------------------------
 
 
 def sampled_energy(forces: Forces, draw: np.random.Generator) -> Energy:
-    """An estimate of :func:`exact_energy` and of its gradient, both unbiased, in time V * 512 * d; float32.
+    """An estimate of :func:`exact_energy` and of its gradient, both unbiased, in time V * 512 * d.
+
+    Positions and gradients are float32, but pairs are looked at in float64 and rounded as in :func:`pairwise`.
 
     All tokens feel the same block of random tokens, scaled up. Only the force on each token is estimated so, not its
     reaction on the block, which would be rare and huge. Blocks are cut from one permutation after another: every token
@@ -145,8 +174,8 @@ def sampled_energy(forces: Forces, draw: np.random.Generator) -> Energy:
     n_tokens = len(forces.mass)
     springs = forces.springs.astype(np.float32)
     stiffness = np.asarray(springs.sum(axis=1), dtype=np.float32).reshape(-1, 1)  # [V, 1]
-    left, right = (c.astype(np.float32) for c in charges(forces))
-    strength = abs(forces.directed)
+    torsion, mass = active_asymmetry(forces), forces.mass
+    by_token = _directed_and_confined(forces)
     waiting = np.zeros(0, dtype=np.int64)
 
     def energy(x: Array) -> tuple[float, Array]:
@@ -155,30 +184,33 @@ def sampled_energy(forces: Forces, draw: np.random.Generator) -> Energy:
         if len(waiting) < size:
             waiting = draw.permutation(n_tokens)
         block, waiting = np.sort(waiting[:size]), waiting[size:]
-        squares = np.einsum("vd,vd->v", x, x)
-        others = x[block]
+        places, bits = snapped(x)
+        squares = np.einsum("vd,vd->v", places, places)
+        others = places[block]
 
         def of_rows(rows: slice) -> tuple[float, float, Array]:
-            r2 = squares[rows, None] + squares[block] - 2 * (x[rows] @ others.T)  # [B, m]
-            floored = r2 <= FLOOR**2
-            r2[floored] = FLOOR**2
-            inverse = 1 / np.sqrt(r2)
-            scale = np.full((len(r2), 1), (n_tokens - 1) / size, dtype=np.float32)
+            _, inverse, floored = _distances(places[rows], others, squares[rows], squares[block])  # [B, m]
+            scale = np.full((len(inverse), 1), (n_tokens - 1) / size)
             column = np.flatnonzero((block >= rows.start) & (block < rows.stop))
             scale[block[column] - rows.start] = (n_tokens - 1) / max(size - 1, 1)
             inverse[block[column] - rows.start, column] = 0.0
-            repelled = (left[rows] @ right[block].T) * inverse * scale
-            by_pairs = 0.5 * float(repelled.sum(dtype=np.float64))
-            repelled *= inverse * inverse
+            repelled = charges(torsion[rows, None], mass[rows, None], torsion[block], mass[block])
+            repelled *= inverse
+            by_pairs = 0.5 * float((repelled.sum(axis=1, keepdims=True) * scale).sum())
+            inverse *= inverse
+            repelled *= inverse
             repelled[floored] = 0.0
+            total, pushed = exact_product(repelled, others, bits)
+            pushed -= total * places[rows]
+            pushed *= scale
             stretched = stiffness[rows] * x[rows] - springs[rows] @ x  # [B, d]
-            by_springs = 2 * float(np.vdot(x[rows], stretched))
-            return by_pairs, by_springs, 4 * stretched + repelled @ others - repelled.sum(axis=1)[:, None] * x[rows]
+            by_springs = 2 * float((x[rows] * stretched).sum(dtype=np.float64))
+            return by_pairs, by_springs, 4 * stretched + pushed.astype(np.float32)
 
         parts = map_blocks(of_rows, n_tokens, SAMPLED_ROWS)
-        by_token, gradient = _directed_and_confined(x, forces.directed, strength)
+        tokens, gradient = by_token(x)
         gradient += np.concatenate([part for _, _, part in parts])
-        return by_token + sum(a + b for a, b, _ in parts), gradient
+        return tokens + sum(a + b for a, b, _ in parts), gradient
 
     return energy
 
@@ -241,12 +273,12 @@ def _pairs_densely(x: Array, attract: Weighted, repel: Weighted) -> tuple[float,
         matrix = np.bincount(a.astype(np.int64) * n + b, weights=weights, minlength=n * n).reshape(n, n)
         return matrix + matrix.T
 
-    repulsion = symmetric(repel)
-    return pairwise(x, symmetric(attract), lambda rows: repulsion[rows])
+    return pairwise(x, symmetric(attract), symmetric(repel))
 
 
 def _pairs_one_by_one(x: Array, attract: Weighted, repel: Weighted) -> tuple[float, Array]:
     """The same without V x V matrices."""
+    x, _ = snapped(x)
 
     def r2_of(listed: Weighted) -> Array:
         a, b, _ = listed
@@ -256,8 +288,8 @@ def _pairs_one_by_one(x: Array, attract: Weighted, repel: Weighted) -> tuple[flo
     stretched, (_, _, stiffness) = r2_of(attract), attract
     apart, (_, _, charge) = r2_of(repel), repel
     inverse = 1 / np.sqrt(np.maximum(apart, FLOOR**2))
-    energy = np.dot(stiffness, np.maximum(stretched, FLOOR**2)) + np.dot(charge, inverse)
-    pushed = np.where(apart <= FLOOR**2, 0.0, charge * inverse**3)
+    energy = (stiffness * np.maximum(stretched, FLOOR**2)).sum() + (charge * inverse).sum()
+    pushed = np.where(apart <= FLOOR**2, 0.0, charge * (inverse * inverse * inverse))
     a, b, pull = _joined([(*attract[:2], 2 * stiffness), (*repel[:2], -pushed)])
     matrix = scipy.sparse.coo_array((pull, (a, b)), shape=(len(x), len(x))).tocsr()
     matrix = matrix + matrix.T

@@ -1,7 +1,8 @@
 """What pulls tokens together and apart: from counts of pairs to springs, torsion, masses and directed springs.
 
 The definitions are those of the manifold-guided network (openai/parameter-golf, pull request 663). ``as_built`` and
-``clean`` differ in the directed springs alone. All logarithms are natural, all arithmetic is float64.
+``clean`` differ in the directed springs alone. All arithmetic is float64. Logarithms are natural and rounded to
+multiples of 2^-20, as their last bits depend on the processor.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from hrs.config.manifold import GeometryConfig
+from hrs.manifold.exact import rounded
 from hrs.manifold.statistics import NARROW, WEIGHT_UNIT, WIDE, Counts
 
 PPMI_THRESHOLD = 0.5
@@ -59,8 +61,8 @@ def compute_forces(counts: Counts, config: GeometryConfig) -> Forces:
 
     ``config.partners`` = 0 keeps every pair the definition keeps. Above, a pair is kept if it also occurs about
     :data:`LEAST_PAIRS` times and is among the ``partners`` strongest of one of its two tokens. No dense [V, V] array is
-    made. Coordinates beyond V - 2 or beyond the rank are zero. One thread of the linear algebra library is used, so
-    that the result does not depend on their number.
+    made. Coordinates beyond V - 2 or beyond the rank are zero. ``directional`` and ``syntactic`` are the same for any
+    number of threads, but for rounding errors that depend on the processor; all else has the same bits everywhere.
     """
     wide, narrow = (0, 0) if config.partners == 0 else (_least_weight(WIDE), _least_weight(NARROW))
     with threadpool_limits(limits=1, user_api="blas"):
@@ -109,7 +111,7 @@ def _ppmi(symmetric: Any, least_weight: int) -> Any:
     rows = _rows(symmetric)
     kept = (rows != symmetric.indices) & (symmetric.data >= least_weight)
     weights, pairs = symmetric.data[kept], (rows[kept], symmetric.indices[kept])
-    values = np.log(weights * sums.sum() / (sums[pairs[0]] * sums[pairs[1]]) + PPMI_EPSILON)
+    values = rounded(np.log(weights * sums.sum() / (sums[pairs[0]] * sums[pairs[1]]) + PPMI_EPSILON))
     strong = values > PPMI_THRESHOLD
     kept[kept] = strong
     return _selected(symmetric, kept, values[strong])
@@ -162,7 +164,7 @@ def _strongest(matrix: Any, partners: int) -> Any:
 
 def _mass(successors: Any) -> NDArray[np.float64]:
     shares = _shares(successors)
-    shares.data *= -np.log(shares.data)
+    shares.data *= -rounded(np.log(shares.data))
     often = successors.sum(axis=1) >= FEW_SUCCESSORS
     entropy = np.asarray(shares.sum(axis=1))
     mass = 1 / (1 + np.where(often, entropy, entropy[often].max(initial=0.0)))
@@ -194,5 +196,6 @@ def _coordinates(matrix: Any, n_columns: int) -> NDArray[np.float64]:
     _, sigma, mixture = np.linalg.svd(transpose @ basis, full_matrices=False)
     sigma[sigma <= sigma[0] * n_rows * np.finfo(np.float64).eps] = 0.0
     coordinates[:, :rank] = ((basis @ mixture.T) * sigma)[:, :rank]
-    largest = np.take_along_axis(coordinates, abs(coordinates).argmax(axis=0)[None, :], axis=0)  # [1, n_columns]
-    return np.where(largest < 0, -coordinates, coordinates)
+    size = abs(coordinates) / np.maximum(abs(coordinates).max(axis=0), np.finfo(np.float64).tiny)
+    leading = np.round(size, 8).argmax(axis=0)[None, :]  # the first where several are equal up to rounding
+    return np.where(np.take_along_axis(coordinates, leading, axis=0) < 0, -coordinates, coordinates)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import OptimizeResult, minimize
 
 from hrs.config.manifold import GeometryConfig
 from hrs.manifold.blocks import single_threaded_blas
+from hrs.manifold.descent import descend, inner
 from hrs.manifold.energy import (
     Array,
     Energy,
@@ -24,6 +24,7 @@ from hrs.manifold.energy import (
     linked_tokens,
     sampled_energy,
 )
+from hrs.manifold.exact import rounded, snapped
 from hrs.manifold.forces import Forces
 
 Report = Callable[[str, float, str], None]
@@ -62,10 +63,11 @@ def simulate(forces: Forces, config: GeometryConfig, report: Report = silent) ->
     """Let tokens move from 0.1 N(0, 1), drawn from ``config.seed``, until the energy rests or the steps run out.
 
     Tokens without any spring stay where they start, unless the definition is the original's.
-    On the CPU in float64; energies sampled for ``partners > 0`` are float32. The same bits at any number of threads.
+    On the CPU in float64; positions are float32 where energies are sampled for the clean ``partners > 0``. The same
+    bits on x86-64 processors, for any kernel of the linear algebra library and any number of threads.
     """
     draw = np.random.default_rng(config.seed)  # torch's normal numbers depend on the instruction set
-    start = START_SCALE * draw.standard_normal((len(forces.mass), config.dimensions))
+    start = rounded(START_SCALE * draw.standard_normal((len(forces.mass), config.dimensions)))
     if config.definition == "as_built":
         return _anneal(start, as_built_energy(forces, draw, config), config.steps, report)
     tokens = linked_tokens(forces)
@@ -81,20 +83,14 @@ def simulate(forces: Forces, config: GeometryConfig, report: Report = silent) ->
 
 
 def _descend(start: Array, energy: Energy, steps: int, report: Report) -> Simulation:
-    """L-BFGS (Liu & Nocedal 1989) with scipy's line search."""
     energies: list[float] = []
 
-    def of_flat(x: Array) -> tuple[float, Array]:
-        value, gradient = energy(x.reshape(start.shape))
-        return value, gradient.ravel()
+    def after_step(value: float) -> None:
+        energies.append(value)
+        report("physics", len(energies) / steps, f"energy {value:.6g}")
 
-    def after_step(intermediate_result: OptimizeResult) -> None:
-        energies.append(float(intermediate_result.fun))
-        report("physics", len(energies) / steps, f"energy {energies[-1]:.6g}")
-
-    options = {"maxiter": steps, "maxfun": 20 * steps + 20, "ftol": EXACT_TOLERANCE, "gtol": 0.0}
-    end = minimize(of_flat, start.ravel(), jac=True, method="L-BFGS-B", callback=after_step, options=options)
-    return Simulation(end.x.reshape(start.shape), energies, converged=end.status == 0)
+    end, converged = descend(start, energy, steps, EXACT_TOLERANCE, after_step)
+    return Simulation(end, energies, converged)
 
 
 def _settle(start: Array, energy: Energy, steps: int, report: Report) -> Simulation:
@@ -122,10 +118,10 @@ def _anneal(start: Array, energy: Energy, steps: int, report: Report) -> Simulat
     for step in range(steps):
         value, gradient = energy(x)
         energies.append(value)
-        swing = 0.5 * (1 + math.cos(math.pi * step / steps))
+        swing = round(0.5 * (1 + math.cos(math.pi * step / steps)), 9)  # last bits depend on the processor
         adam.step(x, gradient, AS_BUILT_LAST_RATE + (PEAK_RATE - AS_BUILT_LAST_RATE) * swing)
         report("physics", (step + 1) / steps, f"energy {value:.6g}")
-    return Simulation(x, energies, converged=len(energies) >= 2 * WINDOW and _rests(energies))
+    return Simulation(snapped(x)[0], energies, converged=len(energies) >= 2 * WINDOW and _rests(energies))
 
 
 def _rests(energies: list[float]) -> bool:
@@ -138,13 +134,14 @@ class Adam:
 
     def __init__(self, x: NDArray[Any]) -> None:
         self.mean, self.square = np.zeros_like(x), np.zeros_like(x)
-        self.steps = 0
+        self.old_mean, self.old_square = 1.0, 1.0  # shares of the moments that are still their start
 
     def step(self, x: Array, gradient: Array, rate: float) -> None:
-        self.steps += 1
-        norm = float(np.linalg.norm(gradient))
+        norm = math.sqrt(inner(gradient, gradient))
         gradient = gradient * min(1.0, CLIP_NORM / max(norm, 1e-12))
         self.mean += 0.1 * (gradient - self.mean)
         self.square += 0.001 * (gradient * gradient - self.square)
-        scale = np.sqrt(self.square / (1 - 0.999**self.steps))
-        x -= rate / (1 - 0.9**self.steps) * self.mean / (scale + 1e-8)
+        self.old_mean *= 0.9  # not a power: its last bits depend on the processor
+        self.old_square *= 0.999
+        scale = np.sqrt(self.square / (1 - self.old_square))
+        x -= rate / (1 - self.old_mean) * self.mean / (scale + 1e-8)

@@ -25,7 +25,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from hrs.config.manifold import GeometryConfig
 from hrs.manifold.blocks import largest, map_blocks, single_threaded_blas
-from hrs.manifold.energy import DIRECTED, GRAVITY, among, charges, linked_tokens
+from hrs.manifold.energy import DIRECTED, GRAVITY, active_asymmetry, among, charges, linked_tokens
 from hrs.manifold.forces import Forces
 from hrs.manifold.physics import Report, silent
 
@@ -79,13 +79,13 @@ def stiffness(forces: Forces, positions: NDArray[np.float64]) -> scipy.sparse.cs
     """
     dimensions = positions.shape[1]
     attraction = (4 * forces.springs + 2 * DIRECTED / dimensions * abs(forces.directed)).tocoo()
-    left, right = charges(forces)
+    torsion, mass = active_asymmetry(forces), forces.mass
 
     def of_edges(part: slice) -> NDArray[np.float64]:
         a, b = attraction.row[part], attraction.col[part]
         apart = positions[a] - positions[b]  # [B, d]
         r2 = np.einsum("nd,nd->n", apart, apart)
-        charge = np.einsum("nc,nc->n", left[a], right[b])
+        charge = charges(torsion[a], mass[a], torsion[b], mass[b])
         repulsion = charge * (1 - 3 / dimensions) / np.maximum(r2, AS_BUILT_FLOOR) ** 1.5
         return np.maximum(attraction.data[part] - repulsion, 0.0)
 
