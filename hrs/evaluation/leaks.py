@@ -294,8 +294,8 @@ LEAKS: Mapping[str, Leak] = {
         model=lambda: ObservantLM(lambda width: OnceObserved()),
         reason="a mean over the whole sequence is let in by a buffer that only training fills",
         through="mixer",
-        # The others try the model as it is, which before any training is causal.
-        fails=frozenset({"suffix_flip", "suffix_flip_training"}),
+        # Before any training it is causal: found only because the audit gives it some.
+        fails=_SEES_THE_FUTURE,
     ),
     "topic_reader": Leak(
         model=TopicLM,
