@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 import torch.nn.functional as F
-from distinct_models import DISTINCT
+from distinct_models import DISTINCT_HRS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,8 +18,8 @@ from hrs.models import LanguageModel, WindowContext, build_model
 from hrs.models.hrs import HRSModel
 from hrs.presets import PRESETS, experiment
 
-CLEAN = [name for name in DISTINCT if not PRESETS[name].leaks]
-PREFIXED = [name for name in DISTINCT if experiment(name, "micro").model.engram.kind == "prefix"]
+CLEAN = [name for name in DISTINCT_HRS if not PRESETS[name].leaks]
+PREFIXED = [name for name in DISTINCT_HRS if experiment(name, "micro").model.engram.kind == "prefix"]
 SAMPLE = ("dense_baseline", "dual_head_router", "full_hrs_trc", "full_hrs_legacy")
 
 
@@ -66,7 +66,7 @@ def opened(model: HRSModel) -> HRSModel:
 # ---- composition -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", DISTINCT)
+@pytest.mark.parametrize("preset", DISTINCT_HRS)
 def test_groups_partition_the_parameters(preset: str) -> None:
     model = micro(preset)
     groups = model.parameter_groups()
@@ -138,15 +138,31 @@ CHOICES = [
     *(("attention.kernel", value) for value in get_args(get_type_hints(AttentionConfig)["kernel"])),
     *(("attention.positions", value) for value in ("rotary", "learned", "alibi")),
     *(("loss_scales", value) for value in ("fixed", "learned", "original")),
+    ("family", "manifold"),
 ]
+GUIDED = {
+    **{name: ALTERNATIVES[name] for name in ("vocab_size", "n_layers", "n_heads", "d_model", "max_seq_len")},
+    "rope_base": 50.0, "dropout": 0.3, "manifold.source": "none", "manifold.recency": 1.0, "manifold.confidence_tokens": 3,
+    "manifold.temperature": 1.0, "manifold.transport_share": 1.0, "manifold.softcap": 0.0,
+    "manifold.geometry.definition": "as_built", "manifold.geometry.dimensions": 3, "manifold.geometry.steps": 1,
+    "manifold.geometry.partners": 5, "manifold.geometry.modes": 40, "manifold.geometry.directional": 0,
+    "manifold.geometry.syntactic": 1, "manifold.geometry.neighbours": 2, "manifold.geometry.seed": 1,
+}  # fmt: skip
+"""Of the manifold-guided network; ``manifold.as_built`` is another network, with tests of its own."""
 
 
 def test_alternatives_name_every_field() -> None:
-    assert set(ALTERNATIVES) | {name for name, _ in CHOICES} == set(flatten(ModelConfig()))
+    named = {*ALTERNATIVES, *(name for name, _ in CHOICES), *GUIDED, "manifold.as_built"}
+    assert named == set(flatten(ModelConfig()))
 
 
-@pytest.mark.parametrize(("field", "value"), [*ALTERNATIVES.items(), *CHOICES])
-@pytest.mark.parametrize("preset", SAMPLE)
+@pytest.mark.parametrize(
+    ("preset", "field", "value"),
+    [
+        *((preset, field, value) for preset in SAMPLE for field, value in (*ALTERNATIVES.items(), *CHOICES)),
+        *(("manifold_v18", field, value) for field, value in GUIDED.items()),
+    ],
+)
 def test_any_field_on_any_preset_works_or_raises(preset: str, field: str, value: object) -> None:
     """It trains to finite gradients and decodes what it evaluates, or says what is wrong."""
     config = experiment(preset, "micro").model

@@ -199,10 +199,9 @@ def test_more_neighbours_than_tokens_are_none() -> None:
 def test_groups_partition_the_parameters() -> None:
     network = model()
     groups = network.parameter_groups()
-    assert set(groups) == {"backbone", "embedding", "hops"}
+    assert set(groups) == {"backbone", "hops"}
     grouped = [id(p) for members in groups.values() for p in members]
     assert sorted(grouped) == sorted(id(p) for p in network.parameters())
-    assert {id(p) for p in groups["embedding"]} == {id(network.embedding.weight)}
     hops = {id(p) for p in (*network.shared.parameters(), *network.blocks.parameters())}
     assert {id(p) for p in groups["hops"]} == hops
 

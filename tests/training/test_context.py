@@ -11,12 +11,13 @@ from distinct_models import DISTINCT
 from torch import Tensor
 from training_checks import curve, different, largest_gap, weights
 
-from hrs.config import CategoryConfig
+from hrs.config import CategoryConfig, ModelConfig
 from hrs.data import TrainingWindows
 from hrs.data.categories import token_labels
 from hrs.data.windows import evaluation_windows, history, window_categories
 from hrs.evaluation.leaks import CausalMean, SkeletonLM
-from hrs.models import ModelOutput, WindowContext
+from hrs.models import ModelOutput, WindowContext, build_model
+from hrs.models.geometry import TokenGeometry
 from hrs.training import Runtime, load_model, train
 from hrs.training.optimizer import build_optimizer
 from hrs.training.step import Stepper
@@ -215,6 +216,14 @@ def test_validation_tells_each_window_what_stands_before_it(small_experiment, sm
     assert not math.isclose(nats[True], nats[False], rel_tol=1e-5)
 
 
+def drawn_geometry(config: ModelConfig) -> TokenGeometry | None:
+    """What a manifold-guided network is given, here a random one."""
+    if config.family != "manifold":
+        return None
+    model = build_model(config)
+    return TokenGeometry(model.coordinates, model.neighbours)
+
+
 OFTEN = ("full_hrs_recurrence", "v18_cross_attn", "v5_replace_legacy")
 
 
@@ -227,11 +236,13 @@ def test_every_model_resumes_to_the_same_bits(
     preset: str, stop_at: int, small_experiment, small_store, tmp_path: Path
 ) -> None:
     changes = {"training.steps": 8, "model.n_layers": 3, "model.engram.extract_after": 1, "model.engram.slots": 4}
+    changes["model.manifold.geometry.modes"] = 8
     config = small_experiment(preset, changes)
     runtime = Runtime(device="cpu", log_every=1, checkpoint_every=2, micro_batch=2)
-    whole = list(train(config, small_store, tmp_path / "whole", runtime))
+    geometry = drawn_geometry(config.model)
+    whole = list(train(config, small_store, tmp_path / "whole", runtime, geometry))
     reports = []
-    for progress in train(config, small_store, tmp_path / "cut", runtime):
+    for progress in train(config, small_store, tmp_path / "cut", runtime, geometry):
         reports.append(progress)
         if progress.step == stop_at:
             break
