@@ -143,7 +143,8 @@ CHOICES = [
 GUIDED = {
     **{name: ALTERNATIVES[name] for name in ("vocab_size", "n_layers", "n_heads", "d_model", "max_seq_len")},
     "rope_base": 50.0, "dropout": 0.3, "manifold.source": "none", "manifold.recency": 1.0,
-    "manifold.confidence_tokens": 3, "manifold.temperature": 1.0, "manifold.transport_share": 1.0, "manifold.softcap": 0.0,
+    "manifold.confidence_tokens": 3, "manifold.temperature": 1.0, "manifold.transport_share": 1.0,
+    "manifold.softcap": 0.0,
     "manifold.geometry.definition": "as_built", "manifold.geometry.dimensions": 3, "manifold.geometry.steps": 1,
     "manifold.geometry.partners": 5, "manifold.geometry.modes": 40, "manifold.geometry.directional": 0,
     "manifold.geometry.syntactic": 1, "manifold.geometry.neighbours": 2, "manifold.geometry.seed": 1,
