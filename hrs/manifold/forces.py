@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, eigsh
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from hrs.config.manifold import GeometryConfig
+from hrs.manifold.blocks import single_threaded_blas
 from hrs.manifold.exact import rounded
 from hrs.manifold.statistics import NARROW, WEIGHT_UNIT, WIDE, Counts
 
@@ -65,7 +65,7 @@ def compute_forces(counts: Counts, config: GeometryConfig) -> Forces:
     number of threads, but for rounding errors that depend on the processor; all else has the same bits everywhere.
     """
     wide, narrow = (0, 0) if config.partners == 0 else (_least_weight(WIDE), _least_weight(NARROW))
-    with threadpool_limits(limits=1, user_api="blas"):
+    with single_threaded_blas():
         sides = _shares(counts.forward.T.tocsr()) - _shares(counts.forward)  # left - right
         sides.eliminate_zeros()
         if config.definition == "as_built":
