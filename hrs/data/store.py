@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +24,7 @@ from hrs.data.corpora import load_corpus
 from hrs.data.documents import SPLITS, Corpus, SplitName
 from hrs.data.tokenization import end_of_text_id, load_tokenizer, token_bytes
 from hrs.errors import HRSError
+from hrs.files import built_once
 from hrs.identity import code_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -117,17 +117,8 @@ def open_tokens(data: DataConfig, root: Path) -> TokenStore:
         HRSError: if the corpus is missing, empty, malformed, too small for the tokenizer or without validation text.
     """
     corpus = load_corpus(data.corpus)
-    key = _key(corpus, data.tokenizer)
-    folder = root / key
-    if (store := _open(folder)) is not None:
-        return store
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / f"{key}.lock"):
-            store = _open(folder) or _build(corpus, data.tokenizer, folder)
-    except OSError as error:
-        raise HRSError(f"token store {folder} cannot be built ({error}): is the disk full, or not writable?") from error
-    return store
+    folder = root / _key(corpus, data.tokenizer)
+    return built_once(folder, _open, lambda: _build(corpus, data.tokenizer, folder), "token store")
 
 
 def _build(corpus: Corpus, tokenizer: str, folder: Path) -> TokenStore:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import filelock
 import numpy as np
 
 from hrs.config import canonical_json
@@ -14,6 +13,7 @@ from hrs.config.codec import to_dict
 from hrs.config.manifold import GeometryConfig
 from hrs.data import TokenStore
 from hrs.errors import HRSError
+from hrs.files import built_once
 from hrs.identity import code_fingerprint
 from hrs.manifold.blocks import nearest_by_cosine
 from hrs.manifold.forces import compute_forces
@@ -59,18 +59,12 @@ def open_manifold(
         HRSError: if the vocabulary is too small or too large for the config, or the disk refuses.
     """
     require_fit(config, store.vocab_size)
-    key = manifold_key(config, store.fingerprint)
-    folder = root / key
-    if (manifold := _open(folder)) is not None:
-        return manifold
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / f"{key}.lock"):
-            if (manifold := _open(folder)) is None:
-                manifold = _compute(config, store, folder, count or _count_here, report)
-    except OSError as error:
-        raise HRSError(f"manifold {folder} cannot be built ({error}): is the disk full, or not writable?") from error
-    return manifold
+    folder = root / manifold_key(config, store.fingerprint)
+
+    def build() -> Manifold:
+        return _compute(config, store, folder, count or _count_here, report)
+
+    return built_once(folder, _open, build, "manifold")
 
 
 def build_manifold(config: GeometryConfig, counts: Counts, report: Report = silent) -> Manifold:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hrs.errors import HRSError
+from hrs.files import sha256_of, sync
 from hrs.models.geometry import TokenGeometry
 
 FORMAT = 1
@@ -75,9 +76,9 @@ class Manifold:
             for name, content in (files or {}).items():
                 (partial / name).write_bytes(content)
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync(path)
             os.rename(partial, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise HRSError(f"manifold {folder} could not be written ({error}): make room, then run again") from error
@@ -89,7 +90,7 @@ class Manifold:
             "format": FORMAT,
             "digest": self.digest,
             "converged": self.converged,
-            "sha256": _sha256_file(folder / TENSORS),
+            "sha256": sha256_of(folder / TENSORS),
             "note": dict(note),
         }
         (folder / NOTE).write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -108,7 +109,7 @@ class Manifold:
                     f"manifold {folder} has format {document['format']} and this version of hrs reads {FORMAT}: "
                     "delete that folder to compute it again"
                 )
-            if _sha256_file(folder / TENSORS) != document["sha256"]:
+            if sha256_of(folder / TENSORS) != document["sha256"]:
                 raise ValueError("checksum")
             arrays = load_file(folder / TENSORS)
             manifold = cls(
@@ -136,17 +137,3 @@ def digest_of(coordinates: NDArray[np.float32], neighbours: NDArray[np.int32]) -
     digest = hashlib.sha256(np.rint(coordinates.astype(np.float64) * GRID).astype("<i4").tobytes())
     digest.update(neighbours.astype("<i4").tobytes())
     return digest.hexdigest()
-
-
-def _sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to the disk: rename alone does not order them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

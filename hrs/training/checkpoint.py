@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from hrs.config import ExperimentConfig, from_dict, to_dict
 from hrs.errors import HRSError
+from hrs.files import sha256_of, sync
 from hrs.models import LanguageModel, build_model
 from hrs.training.averaging import Averages
 from hrs.training.randomness import get_rng, set_rng
@@ -88,16 +89,16 @@ def save_checkpoint(
             files[KEPT] = averages.kept.weights
         for name, content in files.items():
             save_file({k: v.detach().contiguous() for k, v in content.items()}, partial / name)
-        sums = {name: _sha256_file(partial / name) for name in files}
+        sums = {name: sha256_of(partial / name) for name in files}
         sums["state"] = _sha256_json(state)
         document = {"format": FORMAT, "state": dict(state), "sha256": sums}
         (partial / STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
         for path in (*(partial / name for name in files), partial / STATE, partial):
-            _sync(path)
+            sync(path)
         if final.exists():  # a damaged one that was passed over; rename cannot replace a folder that is not empty
             os.replace(final, parent / f".{final.name}.damaged")
         os.replace(partial, final)
-        _sync(parent)
+        sync(parent)
         for old in [*_steps(directory)[:-KEEP], *parent.glob(".step_*")]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
@@ -113,15 +114,6 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to the disk: rename alone does not order them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -151,7 +143,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise HRSError(f"checkpoint {path} is damaged: {STATE} is not what was written")
     names = [WEIGHTS, TRAINER, *(name for name in (AVERAGES, KEPT) if name in sums)]
     for name in names:
-        if not (path / name).is_file() or _sha256_file(path / name) != sums.get(name):
+        if not (path / name).is_file() or sha256_of(path / name) != sums.get(name):
             raise HRSError(f"checkpoint {path} is damaged: {name} is missing or not what was written")
     tensors = {name: load_file(path / name) for name in names}
     return Checkpoint(path, tensors[WEIGHTS], tensors[TRAINER], state, tensors.get(AVERAGES, {}), tensors.get(KEPT, {}))
@@ -238,11 +230,6 @@ def _load_weights(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: 
 def _steps(directory: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
     return sorted((directory / "checkpoints").glob("step_" + "[0-9]" * 8))
-
-
-def _sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_json(value: Mapping[str, Any]) -> str:

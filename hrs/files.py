@@ -1,0 +1,45 @@
+"""Files that survive a crash: on the disk before they count, checked when read, and built once."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+
+from hrs.errors import HRSError
+
+T = TypeVar("T")
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, to the disk: rename alone does not order them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def built_once(folder: Path, read: Callable[[Path], T | None], build: Callable[[], T], what: str) -> T:
+    """What ``folder`` holds, built first if ``read`` gives None. Of many processes at once, one builds and others wait.
+
+    Raises:
+        HRSError: if the disk refuses; ``what`` names the thing in its sentence.
+    """
+    if (found := read(folder)) is not None:
+        return found
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
+            found = read(folder)
+            return build() if found is None else found
+    except OSError as error:
+        raise HRSError(f"{what} {folder} cannot be built ({error}): is the disk full, or not writable?") from error
