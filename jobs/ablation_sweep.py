@@ -36,20 +36,34 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="jobs/ablation_sweep.py", description="Run a study and print its table.")
     parser.add_argument("--study", choices=list(STUDIES), default="v1", help="named list of presets (default v1)")
     parser.add_argument("--presets", help="comma-separated presets in place of --study; the first is the baseline")
-    parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0..N-1 (default 1)")
-    parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
+    add_study_options(parser)
     parser.add_argument("--name", help="title of the study (default: the study, or 'custom')")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default 50)")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
     parser.add_argument(
         "--card-gib", type=float, help="with --dry-run: plan for cards of this size, not this machine's"
     )
     parser.add_argument("--cards", type=int, default=1, help="with --card-gib: how many (default 1)")
     return parser.parse_args(arguments)
+
+
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every job that runs a study through this one."""
+    parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0..N-1 (default 1)")
+    parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
+
+
+def sweep_arguments(options: argparse.Namespace, presets: Sequence[str], title: str) -> list[str]:
+    """This job's command line for a study of ``presets``, with the options that :func:`add_study_options` added."""
+    arguments = ["--presets", ",".join(presets), "--name", title]
+    arguments += ["--scale", options.scale, "--seeds", str(options.seeds)]
+    arguments += ["--corpus", options.corpus] if options.corpus else []
+    arguments += [part for override in options.set for part in ("--set", override)]
+    return arguments + (["--dry-run"] if options.dry_run else [])
 
 
 def study_of(options: argparse.Namespace) -> Study:

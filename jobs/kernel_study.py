@@ -44,11 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="dot,exponential",
         help=f"comma-separated, the first is the baseline, or all: {', '.join(KERNELS)} (default dot,exponential)",
     )
-    parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0..N-1 (default 1)")
-    parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
+    ablation_sweep.add_study_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -62,9 +58,7 @@ def sweep_arguments(options: argparse.Namespace) -> list[str]:
     if unknown := [kernel for kernel in kernels if kernel not in KERNELS]:
         raise HRSError(f"unknown kernel '{unknown[0]}': choose out of {', '.join(KERNELS)}, or all")
     presets = ["dense_baseline" if kernel == "dot" else f"kernel_{kernel}" for kernel in kernels]
-    arguments = ["--presets", ",".join(presets), "--name", TITLE, "--scale", options.scale]
-    arguments += ["--seeds", str(options.seeds)] + (["--corpus", options.corpus] if options.corpus else [])
-    return arguments + [part for override in options.set for part in ("--set", override)]
+    return ablation_sweep.sweep_arguments(options, presets, TITLE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     sweep = sweep_arguments(options)
     if options.dry_run:
-        return ablation_sweep.main([*sweep, "--dry-run"])
+        return ablation_sweep.main(sweep)
     study, storage = ablation_sweep.study_of(ablation_sweep.parse(sweep)), open_storage()
     runs = study.runs()
     preflight(storage)

@@ -49,22 +49,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="jobs/manifold_study.py", description="Compare the manifold-guided network with its controls."
     )
     parser.add_argument("--legacy", action="store_true", help=f"add {LEGACY}, the original, which sees the future")
-    parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0..N-1 (default 1)")
-    parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
+    ablation_sweep.add_study_options(parser)
     return parser.parse_args(arguments)
 
 
 def sweep_arguments(options: argparse.Namespace) -> list[str]:
     """The command line of jobs/ablation_sweep.py for this study."""
     presets = [*PRESETS, LEGACY] if options.legacy else PRESETS
-    arguments = ["--presets", ",".join(presets), "--name", f"{TITLE}_with_legacy" if options.legacy else TITLE]
-    arguments += ["--scale", options.scale, "--seeds", str(options.seeds)]
-    arguments += ["--corpus", options.corpus] if options.corpus else []
-    arguments += [part for override in options.set for part in ("--set", override)]
-    return arguments + (["--dry-run"] if options.dry_run else [])
+    title = f"{TITLE}_with_legacy" if options.legacy else TITLE
+    return ablation_sweep.sweep_arguments(options, presets, title)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,9 @@
 """The project keeps what its files promise: the cluster file is valid, imports obey the house, documents do not lie."""
 
+import contextlib
+import functools
+import importlib
+import io
 import re
 import subprocess
 import sys
@@ -105,8 +109,13 @@ def options_of(command: typer.core.TyperCommand) -> set[str]:
     return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
 
 
+@functools.cache
 def job_options(job: str) -> set[str]:
-    return set(re.findall(r'"(--[a-z][a-z-]*)"', (ROOT / job).read_text())) | {"--help"}
+    """The flags that the job itself lists."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        importlib.import_module(f"jobs.{Path(job).stem}").parse(["--help"])
+    return set(re.findall(r"^  (?:-h, )?(--[a-z][a-z-]*)", said.getvalue(), flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
