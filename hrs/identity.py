@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,13 +11,17 @@ from hrs.config import ExperimentConfig, canonical_json
 
 _PACKAGE = Path(__file__).parent
 _ROOMS_THAT_MATTER = ("data", "nn", "models", "manifold", "training", "evaluation")
+# Some releases of CPython (3.11.7 is one) count the depth of all threads' ast.parse in one number: a garbage collection
+# that switches threads inside one ends it with a SystemError (python/cpython#106905).
+_one_parse_at_a_time = threading.Lock()
 
 
 def code_fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over the syntax trees of Python files: comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
     for path in sorted(files):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        with _one_parse_at_a_time:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
