@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hrs.data import TrainingWindows, open_tokens
+from hrs.errors import HRSError
 from hrs.evaluation import evaluate
 from hrs.export.as_built import export_as_built
 from hrs.export.calibrate import input_hessians
@@ -94,7 +95,13 @@ def main() -> None:
             packed = pack(model, grids)
             return packed, sum(part.stored for part in packed)
 
-        found = fit(entries(model), attempt, budget=math.floor(budget * n_weights / 8))
+        if rows and not {f"fit {budget:g}", f"fit {budget:g} GPTQ"} & set(rows):
+            continue
+        try:
+            found = fit(entries(model), attempt, budget=math.floor(budget * n_weights / 8))
+        except HRSError as error:  # frozen tables stay whole, so not every budget can be met
+            print(f"fit {budget:g}: {error}", flush=True)
+            continue
         packed_row(f"fit {budget:g}", found.grids)
         packed_row(f"fit {budget:g} GPTQ", found.grids, calibrated=True)
 
