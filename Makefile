@@ -49,10 +49,11 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest -q -m "" --durations=10 $(ARGS)
+	$(BIN)/pytest -q -n logical --durations=5 $(ARGS)
+	$(BIN)/pytest -q -m slow --durations=10 $(ARGS)
 
 test-fast: check
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q -n logical $(ARGS)
 
 ui: $(STAMP)
 	@$(BIN)/hrs ui --port $(PORT)
