@@ -28,11 +28,12 @@ from hrs.config.experiment import (
 )
 from hrs.config.manifold import GeometryConfig, ManifoldConfig
 from hrs.config.model import ModelConfig
+from hrs.config.retrieval import RetrievalConfig
 
 __all__ = [
     "AttentionConfig", "AveragingConfig", "CategoryConfig", "DataConfig", "EngramConfig", "EvaluationConfig",
     "ExperimentConfig", "GeometryConfig", "LocalityConfig", "ManifoldConfig", "ModelConfig", "OptimizerConfig",
-    "PeerConfig", "PhaseConfig", "RouterConfig", "ScheduleConfig", "SharingConfig", "TestTimeMemoryConfig",
-    "TierConfig", "TrainingConfig",
+    "PeerConfig", "PhaseConfig", "RetrievalConfig", "RouterConfig", "ScheduleConfig", "SharingConfig",
+    "TestTimeMemoryConfig", "TierConfig", "TrainingConfig",
     "canonical_json", "content_hash", "flatten", "from_dict", "override", "parse_assignments", "to_dict",
 ]  # fmt: skip

@@ -67,7 +67,7 @@ class TierConfig:
             raise HRSError("tiers.sink_rescale needs the sink tier in tiers.names")
 
 
-EngramKind = Literal["none", "window", "recurrence", "running", "memory", "replace", "prefix"]
+EngramKind = Literal["none", "window", "recurrence", "running", "memory", "retrieved", "replace", "prefix"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,9 +77,10 @@ class EngramConfig:
     kind: EngramKind = "none"
     """``window``: extra keys and values, visible once their window is complete. ``recurrence``: those, and the engrams
     of the text before the training window in the same document. ``running``: the mean of all states so far, added
-    through a gate. ``memory``: cross-attention to slots learned from other sequences. ``replace``: windows are mixed
-    with the engrams of the window before. ``prefix``: the original's prepended summaries, visible to every token (they
-    leak the future; only for ``*_legacy`` presets)."""
+    through a gate. ``memory``: cross-attention to slots learned from other sequences. ``retrieved``: cross-attention to
+    slots that each window is given, see ``training.retrieval``. ``replace``: windows are mixed with the engrams of the
+    window before. ``prefix``: the original's prepended summaries, visible to every token (they leak the future; only
+    for ``*_legacy`` presets)."""
     as_original: bool = False
     """Keep the original's defects, leaks included: see the class that builds each kind."""
     window: int = 128
@@ -91,7 +92,7 @@ class EngramConfig:
     recon_weight: float = 0.1
     """Weight of 1 - cos(window mean, mean engram)."""
     dropout: float = 0.1
-    """Probability that a training micro-batch runs without engrams."""
+    """Probability that a training micro-batch runs without engrams; of ``retrieved``, that a window does."""
     history_windows: int = 4
     """``recurrence``: windows of earlier text that are summarised for the first token on."""
     remember_gate: bool = False
@@ -103,7 +104,7 @@ class EngramConfig:
     synapse_hidden: int = 64
     """Hidden width of the synapse's two networks."""
     slots: int = 32
-    """``memory``: vectors that are remembered."""
+    """``memory``: vectors that are remembered. ``retrieved``: vectors that a window is given in training."""
     slot_updates: int = 500
     """``memory``: times per training run that slots take in what was seen."""
     slot_decay: float = 0.99
@@ -112,6 +113,8 @@ class EngramConfig:
     def __post_init__(self) -> None:
         require_at_least(self, window=1, per_window=1, history_windows=1, synapse_hidden=1, slots=1, slot_updates=1)
         require_within(self, dropout=(0.0, 1.0), slot_decay=(0.0, 1.0))
+        if self.kind == "retrieved" and self.as_original:
+            raise HRSError("engram.as_original has no meaning for engram.kind=retrieved, which is new: leave it out")
         for name in ("remember_gate", "synapse"):
             if getattr(self, name) and self.kind not in ("window", "prefix"):
                 raise HRSError(f"engram.{name} needs engram.kind=window (or prefix), got {self.kind}")

@@ -5,6 +5,7 @@ from typing import Literal
 
 from hrs.config.checks import require_at_least, require_within
 from hrs.config.model import ModelConfig
+from hrs.config.retrieval import RetrievalConfig
 from hrs.errors import HRSError
 
 
@@ -140,6 +141,7 @@ class TrainingConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     phases: tuple[PhaseConfig, ...] = ()
     """Empty: one phase in which every multiplier is 1."""
 

@@ -84,7 +84,8 @@ class ModelConfig:
         if engram.kind == "none":
             return
         block = engram.extraction_block(self.n_layers)
-        if not 0 <= block < self.n_layers or (block == self.n_layers - 1 and engram.kind != "memory"):
+        reads_states = engram.kind not in ("memory", "retrieved")
+        if not 0 <= block < self.n_layers or (block == self.n_layers - 1 and reads_states):
             raise HRSError(
                 f"engram.extract_after {engram.extract_after} leaves no block to read the engrams: "
                 f"it must be below n_layers - 1 = {self.n_layers - 1}"

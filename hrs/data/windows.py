@@ -1,12 +1,12 @@
-"""Which tokens one training batch sees, what stands before them and what they are about, and which tokens each
-evaluation window scores.
+"""Which tokens one training batch sees, what stands before them, what they are about and what is remembered for them,
+and which tokens each evaluation window scores.
 
 A window reads the end of text in front of a document as that document's first token, since it predicts what follows: a
 window thus belongs to the document of its first target.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,40 @@ def window_categories(labels: TokenLabels, starts: NDArray[np.int64], window: in
     bins = np.arange(rows)[:, None] * n_labels + by_token
     counts = np.bincount(bins.ravel(), minlength=rows * n_labels).reshape(rows, n_labels)
     return counts.argmax(axis=1) - 1
+
+
+Shown = Literal["right", "shuffled", "none"]
+"""What windows are given of their memories: their own, another window's, or nothing."""
+
+
+class WindowMemories(Protocol):
+    """Memories from other documents for the windows of a token store."""
+
+    def read(
+        self, split: str, starts: NDArray[np.int64], seekers: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Slots [B, S, d] of windows of ``split`` that begin at ``starts`` [B]; absent ones are zero.
+
+        They depend on the text in front of each window, never on its own tokens, and come from no document of the
+        window. With ``seekers`` [B] each window is given what belongs to the window that begins there instead.
+        """
+
+
+def window_memory(
+    memories: WindowMemories, shown: Shown, split: str, starts: NDArray[np.int64], seekers: NDArray[np.int64]
+) -> NDArray[np.float32] | None:
+    """Slots [B, S, d] of windows that begin at ``starts`` [B], if ``shuffled`` those of ``seekers`` [B]."""
+    if shown == "none":
+        return None
+    return memories.read(split, starts, seekers if shown == "shuffled" else None)
+
+
+def strangers(starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of N >= 2 windows [N] another one, drawn at random, always the same; each is another's once."""
+    order = np.random.default_rng(0).permutation(len(starts))
+    other = np.empty_like(starts)
+    other[order] = starts[np.roll(order, 1)]
+    return other
 
 
 def evaluation_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int]]:

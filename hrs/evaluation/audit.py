@@ -66,7 +66,8 @@ class AuditReport:
 def audit(model: LanguageModel, *, seed: int = 0, random_token_training: bool = False) -> AuditReport:
     """Audit a model through its interface alone; a few seconds for a million parameters on one core.
 
-    A model that can use what stands before a window, or learns the topics of windows, gets both at random.
+    A model that can use what stands before a window, learns the topics of windows, or reads memories of other texts,
+    gets these at random.
     Works on float64 copies in evaluation mode: the model, its mode and the random generators are left as they were.
 
     Args:

@@ -218,7 +218,9 @@ def cached_decode(probe: Probe) -> AuditTest:
 
 @torch.no_grad()
 def _decode(model: LanguageModel, inputs: Inputs, size: int) -> Tensor:
-    cache = model.new_cache(len(inputs.tokens), inputs.history)
+    # A model that reads no memory need not know of any.
+    told = {} if inputs.memory is None else {"memory": inputs.memory}
+    cache = model.new_cache(len(inputs.tokens), inputs.history, **told)
     decoded = []
     for chunk in inputs.tokens.split(size, dim=1):
         logits = model.decode(chunk, cache).logits

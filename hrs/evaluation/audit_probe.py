@@ -29,6 +29,11 @@ class Inputs:
         """[B, history_tokens] in front of the tokens; None for a model without history."""
         return None if self.context is None else self.context.history
 
+    @property
+    def memory(self) -> Tensor | None:
+        """[B, S, d] slots from other texts; None for a model that reads none."""
+        return None if self.context is None else self.context.memory
+
     def prefix(self, n: int) -> "Inputs":
         """The first ``n`` tokens."""
         return replace(self, tokens=self.tokens[:, :n])
@@ -59,7 +64,7 @@ class Probe:
     model: LanguageModel
     base: Inputs
     changed: Inputs
-    """Different from ``base`` in every token, every topic, and all history that there is."""
+    """Different from ``base`` in every token, every topic, all history that there is, and which row has what memory."""
     experienced: LanguageModel | None
     """The model after training passes whose observations it kept, which may open what is shut until then; None for one
     that remembers nothing. Its parameters are the same."""
@@ -99,25 +104,25 @@ class Probe:
         return replace(self.base, tokens=tokens)
 
     def other_row(self) -> Inputs:
-        """The base with all of its second row changed, history and topic too."""
+        """The base with all of its second row changed, history, topic and memory too."""
         tokens = torch.stack([self.base.tokens[0], self.changed.tokens[1]])
         if self.base.context is None or self.changed.context is None:
             return replace(self.base, tokens=tokens)
         rows = (self.base.context.rows(slice(0, 1)), self.changed.context.rows(slice(1, 2)))
-        history, category = (
+        history, category, memory = (
             None if first is None or second is None else torch.cat([first, second])
-            for first, second in zip(*((c.history, c.category) for c in rows), strict=True)
+            for first, second in zip(*((c.history, c.category, c.memory) for c in rows), strict=True)
         )
-        return Inputs(tokens=tokens, context=WindowContext(history, category))
+        return Inputs(tokens=tokens, context=WindowContext(history, category, memory))
 
     def other_topics(self) -> Inputs:
         """The base with the topics changed."""
         category = None if self.changed.context is None else self.changed.context.category
-        return replace(self.base, context=WindowContext(self.base.history, category))
+        return replace(self.base, context=WindowContext(self.base.history, category, self.base.memory))
 
 
 def draw_probe(model: LanguageModel, seed: int, n_tokens: int) -> Probe:
-    """Random sequences of ``n_tokens``, with random history and topics where ``model`` wants any."""
+    """Random sequences of ``n_tokens``, with random history, topics and memory where ``model`` wants any."""
     double = copy.deepcopy(model).double().eval()
     double.zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +140,8 @@ def draw_probe(model: LanguageModel, seed: int, n_tokens: int) -> Probe:
             history = torch.where(history < 0, -1, (history + shift) % model.vocab_size)
         if category is not None:
             category = (category + 1) % model.n_categories
-        context, other = context.to(device), WindowContext(history, category).to(device)
+        memory = None if context.memory is None else context.memory.flip(0)  # shuffled: the other row's
+        context, other = context.to(device), WindowContext(history, category, memory).to(device)
     return Probe(
         model=double,
         base=Inputs(tokens=tokens.to(device), context=context),
@@ -160,11 +166,12 @@ def _experienced(model: LanguageModel, n_tokens: int, generator: torch.Generator
 
 
 def random_context(model: LanguageModel, batch: int, n_ids: int, generator: torch.Generator) -> WindowContext | None:
-    """History and topics drawn at random, as far as ``model`` wants any; on the CPU.
+    """History, topics and memory drawn at random, as far as ``model`` wants any; on the CPU.
 
-    The older half of every second row's history is unknown, as near the beginning of a document.
+    The older half of every second row's history is unknown, as near the beginning of a document, and half of its
+    memory is absent, as where fewer neighbours were found.
     """
-    if not model.history_tokens and not model.n_categories:
+    if not model.history_tokens and not model.n_categories and not model.takes_memory:
         return None
     context = WindowContext()
     if model.history_tokens:
@@ -172,6 +179,9 @@ def random_context(model: LanguageModel, batch: int, n_ids: int, generator: torc
         context.history[1::2, : model.history_tokens // 2] = -1
     if model.n_categories:
         context.category = torch.randint(model.n_categories, (batch,), generator=generator)
+    if model.takes_memory:
+        context.memory = torch.randn(batch, model.memory_slots, model.d_model, generator=generator)
+        context.memory[1::2, model.memory_slots // 2 :] = 0.0
     return context
 
 

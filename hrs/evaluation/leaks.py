@@ -152,7 +152,7 @@ class SkeletonLM(LanguageModel):
     def unembed(self, hidden: Tensor) -> Tensor:
         return hidden @ self.embedding.weight.T
 
-    def new_cache(self, batch_size: int, history: Tensor | None = None) -> Cache:
+    def new_cache(self, batch_size: int, history: Tensor | None = None, memory: Tensor | None = None) -> Cache:
         return RerunCache(batch_size, history)
 
     def decode(self, tokens: Tensor, cache: Cache) -> ModelOutput:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hrs.data.store import TokenSplit, TokenStore
-from hrs.data.windows import evaluation_windows
+from hrs.data.windows import Shown, WindowMemories, evaluation_windows, strangers, window_memory
 from hrs.errors import HRSError
 from hrs.evaluation.category import category_scores
 from hrs.evaluation.diagnostics import block_outputs, effective_rank, flops_per_token
@@ -38,6 +38,8 @@ def evaluate(
     *,
     stride_frac: float = 0.5,
     batch_windows: int = 16,
+    memories: WindowMemories | None = None,
+    shown: Shown = "right",
 ) -> Evaluation:
     """Score a split with overlapping windows of the model's full context, on the model's device and in its precision.
 
@@ -47,26 +49,37 @@ def evaluate(
         stride_frac: step between windows over ``max_seq_len``; each target but the first has at least
             ``1 - stride_frac`` of the context before it, or all the text there is.
         batch_windows: windows per pass. Changes speed and memory, and results only by rounding.
+        memories: what a model with ``takes_memory`` reads besides the text; None is no memory.
+        shown: whether each window reads its own memory, another one's, or none.
 
     Raises:
-        HRSError: if the store has ids that the model lacks, the split is empty, or the loss is not finite.
+        HRSError: if the store has ids that the model lacks, the split is empty, the loss is not finite, or the model
+            cannot read memories.
     """
     if store.vocab_size > model.vocab_size:
         raise HRSError(
             f"the token store has {store.vocab_size} ids and the model only {model.vocab_size}: "
             "evaluate with the data the model was trained on"
         )
+    if memories is not None and not model.takes_memory:
+        raise HRSError("this model reads no memories: evaluate one with engram.kind=retrieved, or give none")
     was_training = model.training
     model.eval()
     try:
-        return _evaluate(model, store, split, stride_frac, batch_windows)
+        return _evaluate(model, store, split, stride_frac, batch_windows, memories, shown)
     finally:
         model.train(was_training)
 
 
 @torch.no_grad()
 def _evaluate(
-    model: LanguageModel, store: TokenStore, split: str, stride_frac: float, batch_windows: int
+    model: LanguageModel,
+    store: TokenStore,
+    split: str,
+    stride_frac: float,
+    batch_windows: int,
+    memories: WindowMemories | None,
+    shown: Shown,
 ) -> Evaluation:
     text = store.split(split)
     n_targets = len(text) - 1
@@ -74,6 +87,7 @@ def _evaluate(
     stride = max(1, round(stride_frac * model.max_seq_len))
     windows = np.array(list(evaluation_windows(len(text), model.max_seq_len, stride)), dtype=np.int64)  # [N, 2]
     length = min(model.max_seq_len, n_targets)
+    seekers = strangers(windows[:, 0])
 
     nats = np.full(len(text), np.nan)  # by position of the target; there is none at 0
     n_scored = 0
@@ -84,10 +98,14 @@ def _evaluate(
     metrics: dict[str, Tensor] = {}
 
     with block_outputs(model) as outputs:
-        for batch in np.split(windows, range(batch_windows, len(windows), batch_windows)):
+        for first in range(0, len(windows), batch_windows):
+            batch, memory = windows[first : first + batch_windows], None
+            if memories is not None:
+                others = seekers[first : first + batch_windows]
+                memory = window_memory(memories, shown, split, batch[:, 0], others)
             starts, first_scored = batch[:, :1], batch[:, 1:]
             targets = starts + 1 + np.arange(length)  # [B, T], positions in the text
-            ids, context = read_windows(model, text, starts[:, 0], length)
+            ids, context = read_windows(model, text, starts[:, 0], length, memory)
             output = model.encode(ids[:, :-1], context)
             losses = target_losses(model, output.hidden, ids[:, 1:])
             scored = targets >= first_scored

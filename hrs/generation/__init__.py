@@ -4,11 +4,12 @@ for completion in generate_text(model, tokenizer, ["Once upon a time"], Sampling
     print(completion.prompt + completion.text)
 """
 
+from hrs.generation.batching import ContinuousBatch
 from hrs.generation.completion import Completion, TextDelta, generate_text, stream_text
 from hrs.generation.decoding import FinishReason, Generation, SampledToken, Step, generate, window_length
 from hrs.generation.sampling import Sampling
 
 __all__ = [
-    "Completion", "FinishReason", "Generation", "SampledToken", "Sampling", "Step", "TextDelta",
+    "Completion", "ContinuousBatch", "FinishReason", "Generation", "SampledToken", "Sampling", "Step", "TextDelta",
     "generate", "generate_text", "stream_text", "window_length",
 ]  # fmt: skip

@@ -148,7 +148,7 @@ class Generation(Iterator[Step]):
         position = 0
         while position < size and any(row.active for row in rows):
             n = min(most, *(len(row.text) - row.start - position for row in rows if row.active))
-            logits = self._decode([self._piece(row, position, n) for row in rows], cache)
+            logits = last_logits(self._model, [self._piece(row, position, n) for row in rows], cache)
             position += n
             drawing = [i for i, row in enumerate(rows) if row.active and len(row.text) == row.start + position]
             if drawing:
@@ -176,14 +176,6 @@ class Generation(Iterator[Step]):
         return seen.to(self._device)
 
     @torch.no_grad()
-    def _decode(self, pieces: list[list[int]], cache: Cache) -> Tensor:
-        """Logits [B, V] after the last of each row's tokens."""
-        logits = self._model.decode(torch.tensor(pieces, device=self._device), cache).logits
-        assert logits is not None
-        last = logits[:, -1]
-        return last.to(torch.promote_types(last.dtype, torch.float32))  # bf16 is too coarse for a distribution
-
-    @torch.no_grad()
     def _sample(self, rows: list[_Row], drawing: list[int], logits: Tensor, seen: Tensor | None) -> Step:
         if len(drawing) < len(rows):
             logits = logits[drawing]
@@ -191,20 +183,41 @@ class Generation(Iterator[Step]):
         ids = next_tokens(logits, uniforms, self._sampling, None if seen is None else seen[drawing])
         if seen is not None:
             seen[drawing, ids] = True
-        log_p = logits.log_softmax(dim=-1)
-        entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(2)
-        chosen = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        # All that Python needs in one copy: each costs a wait for the device. Ids are exact in float64.
-        told = torch.stack((ids.double(), chosen.double(), entropy.double())).tolist()
-        return [self._append(rows[i], int(token), lp, h) for i, token, lp, h in zip(drawing, *told, strict=True)]
+        return [self._append(rows[i], *drawn) for i, drawn in zip(drawing, describe(ids, logits), strict=True)]
 
     def _append(self, row: _Row, token: int, log_prob: float, entropy: float) -> SampledToken:
         row.text.append(token)
         row.n_new += 1
-        finish: FinishReason | None = None
-        if token == self._end_id:
-            finish = "end_of_text"
-        elif row.n_new == self._sampling.max_new_tokens:
-            finish = "length"
+        finish = finish_reason(token, row.n_new, self._sampling, self._end_id)
         row.active = finish is None
         return SampledToken(row.number, token, log_prob, entropy, finish)
+
+
+# ---- one step, whoever keeps the rows --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def last_logits(model: LanguageModel, pieces: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+    """Logits [B, V] after the last of each row's next tokens, which are read."""
+    logits = model.decode(torch.tensor(pieces, device=next(model.parameters()).device), cache).logits
+    assert logits is not None
+    last = logits[:, -1]
+    return last.to(torch.promote_types(last.dtype, torch.float32))  # bf16 is too coarse for a distribution
+
+
+def describe(ids: Tensor, logits: Tensor) -> list[tuple[int, float, float]]:
+    """Of each row its token out of ``ids`` [B], the log-probability in nats and the entropy in bits of the distribution
+    it was drawn from, logits [B, V]."""
+    log_p = logits.log_softmax(dim=-1)
+    entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(2)
+    chosen = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    # All that Python needs in one copy: each costs a wait for the device. Ids are exact in float64.
+    told = torch.stack((ids.double(), chosen.double(), entropy.double())).tolist()
+    return [(int(token), log_prob, bits) for token, log_prob, bits in zip(*told, strict=True)]
+
+
+def finish_reason(token: int, n_new: int, sampling: Sampling, end_id: int | None) -> FinishReason | None:
+    """Why a text ends with its ``n_new``-th new token; None if it goes on."""
+    if token == end_id:
+        return "end_of_text"
+    return "length" if n_new == sampling.max_new_tokens else None

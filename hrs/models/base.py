@@ -39,14 +39,17 @@ class WindowContext:
     -1 where there are none. None is a window without history."""
     category: Tensor | None = None
     """[B] int64, the topic of each window, -1 if it has none. Read by a training loss only, never by a prediction."""
+    memory: Tensor | None = None
+    """[B, S, d] vectors from other texts, the same for all positions of a window; a zero vector is an absent one. None
+    is no memory, which is the same as absent ones alone."""
 
     def rows(self, chosen: slice) -> "WindowContext":
         """The same for a part of the batch."""
-        return WindowContext(*(None if t is None else t[chosen] for t in (self.history, self.category)))
+        return WindowContext(*(None if t is None else t[chosen] for t in (self.history, self.category, self.memory)))
 
     def to(self, device: torch.device) -> "WindowContext":
         """The same on another device."""
-        return WindowContext(*(None if t is None else t.to(device) for t in (self.history, self.category)))
+        return WindowContext(*(None if t is None else t.to(device) for t in (self.history, self.category, self.memory)))
 
 
 class Cache:
@@ -54,6 +57,30 @@ class Cache:
 
     length: int = 0
     """Tokens decoded so far."""
+    memory: Tensor | None = None
+    """[B, S, d], the present :attr:`WindowContext.memory`; may be replaced between calls."""
+
+
+class SlotCache(Cache):
+    """State of incremental decoding of sequences of different lengths, one in each slot.
+
+    Slots 0 .. n - 1 are in use, and each call of :meth:`LanguageModel.decode` adds one token [n, 1] to every one.
+    """
+
+    lengths: list[int]
+    """Tokens in each slot in use."""
+
+    def join(self, cache: Cache) -> None:
+        """Copy the one sequence of a cache of ``new_cache(1)`` that has read at least one token into slot n."""
+        raise NotImplementedError
+
+    def leave(self, slot: int) -> None:
+        """Empty a slot; the last one in use moves into it."""
+        raise NotImplementedError
+
+    def set_memory(self, slot: int, memory: Tensor | None) -> None:
+        """What one slot reads as :attr:`Cache.memory` from its next token on, [S, d]."""
+        raise NotImplementedError
 
 
 class LanguageModel(nn.Module, ABC):
@@ -66,8 +93,14 @@ class LanguageModel(nn.Module, ABC):
     """Tokens of :attr:`WindowContext.history` this model can use; 0 for none."""
     n_categories: int = 0
     """Topics its categorisation head tells apart; 0 without one."""
+    takes_memory: bool = False
+    """Whether it reads :attr:`WindowContext.memory`."""
+    memory_slots: int = 0
+    """Vectors of memory that its training gives each window; it reads any number."""
     summarises: bool = False
     """Whether it reads summaries of its own text, for which :meth:`reading_others` can put in another text's."""
+    batches_ragged: bool = False
+    """Whether it decodes sequences of different lengths side by side: whether it has :meth:`new_slots`."""
     blocks: nn.ModuleList
     """The layers in order; each returns its residual stream [B, T, d] (alone, or first of a tuple)."""
 
@@ -89,14 +122,18 @@ class LanguageModel(nn.Module, ABC):
         """Logits [..., V] of final hidden states [..., k]. Applied to chunks of positions where V is large."""
 
     @abstractmethod
-    def new_cache(self, batch_size: int, history: Tensor | None = None) -> Cache:
-        """An empty cache for ``batch_size`` sequences with what came before them, as in :class:`WindowContext`."""
+    def new_cache(self, batch_size: int, history: Tensor | None = None, memory: Tensor | None = None) -> Cache:
+        """An empty cache for ``batch_size`` sequences with what :class:`WindowContext` says of them."""
+
+    def new_slots(self, n: int) -> SlotCache:
+        """Room for up to ``n`` sequences of different lengths that decode together; only if :attr:`batches_ragged`."""
+        raise NotImplementedError(f"{type(self).__name__} decodes sequences of equal length only")
 
     @abstractmethod
     def decode(self, tokens: Tensor, cache: Cache) -> ModelOutput:
         """Continue by token ids [B, n], n >= 1: logits [B, n, V] as :meth:`forward` would give at those positions.
 
-        Updates ``cache`` in place. Evaluation mode only.
+        Updates ``cache`` in place. Evaluation mode only. With slots for a cache n is 1, and rows differ in position.
 
         Raises:
             ValueError: if the sequence would exceed ``max_seq_len``.

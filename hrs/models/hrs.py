@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +10,16 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.models.base import Cache, LanguageModel, ModelOutput, WindowContext
+from hrs.models.hrs_cache import HRSCache, HRSSlots
 from hrs.nn.attention import Attention
-from hrs.nn.block import Block, BlockCache, BlockStatistics
+from hrs.nn.block import Block, BlockStatistics
 from hrs.nn.cross_attention import CrossAttention
 from hrs.nn.engrams import EngramMechanism, build_engrams
 from hrs.nn.feedforward import FeedForward
 from hrs.nn.locality import LocalityHead
 from hrs.nn.objectives import AuxiliaryObjectives
 from hrs.nn.router import Router, routing_losses, routing_statistics
-from hrs.nn.test_time_memory import TestTimeCache, TestTimeMemory
+from hrs.nn.test_time_memory import TestTimeMemory
 
 _ROLES = (
     ("locality.", "locality_head"),
@@ -44,20 +43,6 @@ _OBSERVED_LOGITS = 2**24
 """Logits held at once when losses are only looked at."""
 
 
-@dataclass
-class HRSCache(Cache):
-    """State of incremental decoding."""
-
-    batch_size: int
-    blocks: list[BlockCache]
-    engram: Any = None
-    recalled: Tensor | None = None
-    """What the engrams keep of the text before."""
-    test_time: TestTimeCache | None = None
-    tokens: Tensor | None = None
-    """Token ids so far, kept only for engrams that must be made anew from the whole text."""
-
-
 class HRSModel(LanguageModel):
     """Pre-norm transformer with tied embeddings; what else it has, the config alone decides."""
 
@@ -73,7 +58,10 @@ class HRSModel(LanguageModel):
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.engram = build_engrams(config)
-        self.summarises = engram.kind not in ("none", "memory")  # slots are the same for every text
+        self.takes_memory = engram.kind == "retrieved"
+        self.memory_slots = engram.slots if self.takes_memory else 0
+        # Slots are the same for every text, or come from outside.
+        self.summarises = engram.kind not in ("none", "memory", "retrieved")
         self.history_tokens = 0 if self.engram is None else self.engram.history_tokens
         n_engrams = (config.max_seq_len + self.history_tokens) // engram.window * engram.per_window
         # One position past the last token: there a dropped engram is out of every token's sight.
@@ -88,6 +76,8 @@ class HRSModel(LanguageModel):
         self.objectives = AuxiliaryObjectives(config)
         self.n_categories = config.category.n_classes if config.category.enabled else 0
         self.test_time_memory = TestTimeMemory(config) if config.test_time_memory.enabled else None
+        # Other engrams, and the memory of the text, know of one length for the whole batch.
+        self.batches_ragged = engram.kind in ("none", "memory", "retrieved") and self.test_time_memory is None
         self._initialise()
 
     @torch.no_grad()
@@ -121,7 +111,7 @@ class HRSModel(LanguageModel):
 
     def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         recalled = None if context is None else self._recall(context.history)
-        output = self._run(tokens, None, recalled)
+        output = self._run(tokens, None, recalled, None if context is None else context.memory)
         pooled = output.hidden[..., : self.d_model].mean(dim=1)
         output.category_logits = self.objectives.category_logits(pooled)
         if self.training:
@@ -131,7 +121,7 @@ class HRSModel(LanguageModel):
                 self._observe_losses(self.engram, output.hidden, tokens)
         return output
 
-    def new_cache(self, batch_size: int, history: Tensor | None = None) -> HRSCache:
+    def new_cache(self, batch_size: int, history: Tensor | None = None, memory: Tensor | None = None) -> HRSCache:
         with torch.no_grad():
             recalled = self._recall(history)
         return HRSCache(
@@ -139,7 +129,13 @@ class HRSModel(LanguageModel):
             [block.new_cache() for block in self.blocks],  # type: ignore[operator]
             engram=None if self.engram is None else self.engram.new_cache(),
             recalled=recalled,
+            memory=memory,
         )
+
+    def new_slots(self, n: int) -> HRSSlots:
+        if not self.batches_ragged:
+            return super().new_slots(n)  # type: ignore[return-value]
+        return HRSSlots(0, [block.new_cache().slots(n) for block in self.blocks])  # type: ignore[operator]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache) -> ModelOutput:
@@ -155,12 +151,12 @@ class HRSModel(LanguageModel):
         n_new = tokens.shape[1]
         if self.engram is not None and self.engram.decodes_by_rerunning:
             tokens = tokens if cache.tokens is None else torch.cat((cache.tokens, tokens), dim=1)
-            output = self._run(tokens, None, cache.recalled)
+            output = self._run(tokens, None, cache.recalled, cache.memory)
             output.hidden = output.hidden[:, -n_new:]
             cache.tokens = tokens
         else:
-            output = self._run(tokens, cache, cache.recalled)
-        cache.length += n_new
+            output = self._run(tokens, cache, cache.recalled, cache.memory)
+        cache.advance(n_new)
         output.logits = self.unembed(output.hidden)
         return output
 
@@ -186,26 +182,30 @@ class HRSModel(LanguageModel):
                 x, _ = block(x, positions)
         return self.engram.recall(x.view(*history.shape, self.d_model), history >= 0)
 
-    def _run(self, tokens: Tensor, cache: HRSCache | None, recalled: Tensor | None) -> ModelOutput:
-        start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
+    def _run(
+        self, tokens: Tensor, cache: HRSCache | None, recalled: Tensor | None, memory: Tensor | None = None
+    ) -> ModelOutput:
+        n = tokens.shape[1]
+        end = n if cache is None else cache.length + n
         if end > self.max_seq_len:
             raise ValueError(f"{end} tokens exceed max_seq_len {self.max_seq_len}")
-        positions = torch.arange(start, end, device=tokens.device)
+        positions = torch.arange(n, device=tokens.device) if cache is None else cache.positions(n, tokens.device)
         x = self._embed(tokens, positions)
         engram = self.engram
         state = None
         if engram is not None:
             state = engram.start(positions, None if cache is None else cache.engram, recalled)
+            if memory is not None:
+                engram.offer(memory.to(x.dtype), state)
         statistics: list[BlockStatistics] = []
         locality: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            memory = None if cache is None else cache.blocks[index]
+            block_cache = None if cache is None else cache.blocks[index]
             if engram is None or state is None:
-                x, told = block(x, positions, None, memory)
+                x, told = block(x, positions, None, block_cache)
             else:
                 x, block_positions, inputs = engram.enter(index, x, state)
-                x, told = block(x, block_positions, inputs, memory)
+                x, told = block(x, block_positions, inputs, block_cache)
                 x = engram.leave(index, x, state)
             statistics.append(told)
             if self.training and self.locality is not None:

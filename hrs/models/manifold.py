@@ -149,7 +149,7 @@ class ManifoldModel(LanguageModel):
     def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         return self._run(tokens, None)
 
-    def new_cache(self, batch_size: int, history: Tensor | None = None) -> ManifoldCache:
+    def new_cache(self, batch_size: int, history: Tensor | None = None, memory: Tensor | None = None) -> ManifoldCache:
         capacity = self.max_seq_len
         return ManifoldCache(batch_size, TailCache(capacity), [HopCache(capacity) for _ in self.blocks])
 

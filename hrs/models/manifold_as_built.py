@@ -105,7 +105,7 @@ class ManifoldModelAsBuilt(LanguageModel):
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
         return -(log_p.exp() * log_p).sum(dim=-1, keepdim=True) / math.log(self.vocab_size)
 
-    def new_cache(self, batch_size: int, history: Tensor | None = None) -> AsBuiltCache:
+    def new_cache(self, batch_size: int, history: Tensor | None = None, memory: Tensor | None = None) -> AsBuiltCache:
         return AsBuiltCache(batch_size)
 
     @torch.no_grad()

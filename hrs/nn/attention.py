@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
-from hrs.nn.cache import KeyValueCache
+from hrs.nn.cache import KeyValueCache, KeyValueSlots
 from hrs.nn.kernels import ProductKernel, attend_by_scores, build_kernel, coarse_and_rest
 
 _ALIGNMENT = 8
@@ -27,8 +27,11 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin().to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn vectors [..., n, d_head] by the angles of ``positions`` [n]."""
+        """Turn vectors [..., n, d_head] by the angles of ``positions`` [n], or [..., B, H, n, d_head] by those of
+        ``positions`` [B, n]."""
         cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)  # [n, d_head / 2]
+        if positions.ndim > 1:
+            cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # [B, 1, n, d_head / 2]
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -91,8 +94,8 @@ class Attention(nn.Module):
 
         Args:
             x: normalised tokens [B, n, d].
-            positions: their positions [n], consecutive.
-            cache: keys and values of earlier tokens; those of ``x`` and ``memory`` are added.
+            positions: their positions [n], consecutive; with slots for a cache [B, 1], each row's own.
+            cache: keys and values of earlier tokens; those of ``x`` and ``memory`` are added. Slots take no memory.
             memory: normalised vectors [B, E, d] that become keys and values but ask nothing themselves.
             memory_positions: the position [E] of each, for rotation, distance and visibility alike.
             query_scale: factor [B, H, n] of each query's scores, before ALiBi: an inverse temperature.
@@ -117,13 +120,17 @@ class Attention(nn.Module):
         if self.fused:
             visible = None
             is_causal = k.shape[2] == q.shape[2]  # the tokens themselves are the only keys
-            if not is_causal and (cache is None or q.shape[2] > 1):  # a single newest token sees the whole cache
+            if isinstance(cache, KeyValueSlots):
+                is_causal, visible = False, cache.visible(positions)
+            elif not is_causal and (cache is None or q.shape[2] > 1):  # a single newest token sees the whole cache
                 visible = positions[:, None] >= key_positions[None, :]  # [n, S]
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=dropout, scale=self.scale
             )[..., : self.d_head]
         else:
-            distance = positions[:, None] - key_positions[None, :]  # [n, S]
+            distance = positions[..., None] - key_positions  # [n, S], or [B, 1, S]
+            if distance.ndim > 2:
+                distance = distance.unsqueeze(1)  # [B, 1, 1, S]: the same for all heads
             bias = -self.slopes[:, None, None] * distance if self.alibi else None
             attended = attend_by_scores(
                 self.kernel, q, k, v, distance >= 0, bias=bias, query_scale=query_scale, dropout=dropout
@@ -142,6 +149,8 @@ class Attention(nn.Module):
             # Two coordinates, because bfloat16 counts only to 256.
             places = key_positions.to(torch.promote_types(k.dtype, torch.float32))
             places = coarse_and_rest(places).to(k.dtype)  # [S, 2]
+            if places.ndim > 2:
+                places = places.unsqueeze(1)  # [B, 1, S, 2]
             slopes = (self.slopes / self.scale).to(q.dtype)[:, None, None]
             q = torch.cat((q, slopes.expand(*q.shape[:-1], 2)), dim=-1)
             k = torch.cat((k, places.expand(*k.shape[:-1], 2)), dim=-1)

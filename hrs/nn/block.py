@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.attention import Attention
-from hrs.nn.cache import KeyValueCache, TailCache
+from hrs.nn.cache import CachePart, KeyValueCache, TailCache
 from hrs.nn.conv_mixer import ConvMixer
 from hrs.nn.cross_attention import CrossAttention
 from hrs.nn.engrams import BlockInputs
@@ -24,6 +24,19 @@ class BlockCache:
     attention: KeyValueCache | None
     conv: TailCache | None
     tiers: TiersCache | None
+
+    def parts(self) -> list[CachePart]:
+        """All of it that remembers something, always in one order."""
+        own: list[CachePart] = [part for part in (self.attention, self.conv) if part is not None]
+        return own if self.tiers is None else own + self.tiers.parts()
+
+    def slots(self, n: int) -> "BlockCache":
+        """The same for ``n`` sequences of unequal length."""
+        return BlockCache(
+            attention=None if self.attention is None else self.attention.slots(n),
+            conv=None if self.conv is None else self.conv.slots(n),
+            tiers=None if self.tiers is None else self.tiers.slots(n),
+        )
 
 
 @dataclass(slots=True)
@@ -58,7 +71,8 @@ class Block(nn.Module):
         self.attention = None if is_conv else Attention(config, n_positions=n_positions, n_extra_keys=n_memory)
         self.synapse = self._build_synapse(config, index)
         # Every second block reads slots.
-        self.cross = CrossAttention(config) if config.engram.kind == "memory" and index % 2 else None
+        reads_slots = config.engram.kind in ("memory", "retrieved") and index % 2
+        self.cross = CrossAttention(config) if reads_slots else None
         self.conv = ConvMixer(d, config.tiers.conv_kernel, dropout=dropout) if is_conv else None
         has_peer = "peer" in self.order
         self.feed_forward_norm = nn.LayerNorm(d) if self.order != ("peer",) or config.peer.idle_norm else None
@@ -85,7 +99,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, inputs: BlockInputs | None = None, cache: BlockCache | None = None
     ) -> tuple[Tensor, BlockStatistics]:
-        """The residual stream [B, n, d] of tokens at ``positions`` [n] after this block, and what it tells."""
+        """The residual stream [B, n, d] at ``positions`` [n] or [B, n] after this block, and what it tells."""
         inputs = inputs or BlockInputs()
         x = x + self._mix(x, positions, inputs, cache)
         if self.cross is not None and inputs.slots is not None:

@@ -8,11 +8,12 @@ from hrs.config import ModelConfig
 
 
 class CrossAttention(nn.Module):
-    """Every token reads a few slots: gate * Wo attention(LN(x), LN(slots)), with neither mask nor positions.
+    """Every token reads a few slots: gate * Wo attention(LN(x), LN(slots)), without positions.
 
-    Slots that are all zero are no slots yet, and the output is exactly 0. The output is also 0 at the start of
-    training, because Wo starts at 0 while the gate starts at 1: Wo learns from the first step on, the gate and the
-    other matrices as soon as Wo has moved (ReZero, Bachlechner et al. 2021, with the zero in the matrix).
+    Where all slots are zero there are none, and the output is exactly 0. Of ``retrieved`` memories every single zero
+    slot is absent: it takes no share of the attention. The output is also 0 at the start of training, because Wo
+    starts at 0 while the gate starts at 1: Wo learns from the first step on, the gate and the other matrices as soon as
+    Wo has moved (ReZero, Bachlechner et al. 2021, with the zero in the matrix).
 
     With ``engram.as_original`` the slots are not normalised, the gate is sigmoid(0) = 0.5 at the start, and Wo keeps
     the N(0, 0.02) of the model's general initialisation: a random vector is added to every token from the first
@@ -26,6 +27,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         d, self.n_heads = config.d_model, config.n_heads
         self.as_original = config.engram.as_original
+        self.by_slot = config.engram.kind == "retrieved"
         self.norm = nn.LayerNorm(d)
         self.slot_norm = None if self.as_original else nn.LayerNorm(d)
         self.query = nn.Linear(d, d, bias=False)
@@ -42,15 +44,27 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(self.output.weight)
 
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        """What tokens [B, n, d] read of ``slots`` [S, d]: [B, n, d], to be added to the residual stream."""
+        """What tokens [B, n, d] read of ``slots``: [B, n, d], to be added to the residual stream.
+
+        Args:
+            slots: [S, d] for all sequences, or [B, S, d] for each its own.
+        """
+        slots = slots if slots.ndim == 3 else slots[None]  # [B or 1, S, d]
         memory = slots if self.slot_norm is None else self.slot_norm(slots)
         q = self._heads(self.query(self.norm(x)))  # [B, H, n, d_head]
-        k = self._heads(self.key(memory)[None]).expand(len(x), -1, -1, -1)  # [B, H, S, d_head]
-        v = self._heads(self.value(memory)[None]).expand(len(x), -1, -1, -1)
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0)
+        k = self._heads(self.key(memory)).expand(len(x), -1, -1, -1)  # [B, H, S, d_head]
+        v = self._heads(self.value(memory)).expand(len(x), -1, -1, -1)
+        present = slots.any(-1)  # [B or 1, S]
+        some = present.any(-1)[:, None, None]  # [B or 1, 1, 1]
+        mask = None
+        if self.by_slot:
+            # A row without any slot reads all of them, for a softmax over nothing is not a number, and forgets it.
+            mask = (present[:, None, None] | ~some[..., None]).expand(len(x), 1, x.shape[1], -1)  # [B, 1, n, S]
+        p = self.dropout.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         output = self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         gate = self.gate.sigmoid() if self.as_original else self.gate
-        return gate * slots.any() * output
+        return gate * some * output
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[B, T, d] to [B, H, T, d_head]."""

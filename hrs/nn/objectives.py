@@ -145,7 +145,7 @@ def _learned_weights(config: ModelConfig) -> dict[str, float]:
     if config.routed and not config.placeholder_losses:
         weights["hub" if config.router.hub_exponent > 0 else "balance"] = config.router.balance_weight
         weights["entropy"] = config.router.entropy_weight
-    if config.engram.kind not in ("none", "memory") and not config.placeholder_losses:
+    if config.engram.kind not in ("none", "memory", "retrieved") and not config.placeholder_losses:
         weights["recon"] = config.engram.recon_weight
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     if not weights:

@@ -41,24 +41,27 @@ class Router(nn.Module):
         """Remembers the logits that the next tokens' means reach back to."""
         return TailCache(max(self.trc_window - 1, 0))
 
-    def forward(self, x: Tensor, cache: TailCache | None = None) -> Tensor:
-        """Routing weights [B, n, n_tiers], positive with sum 1, of normalised tokens [B, n, d]."""
+    def forward(self, x: Tensor, cache: TailCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """Routing weights [B, n, n_tiers], positive with sum 1, of normalised tokens [B, n, d].
+
+        ``positions`` [n] or [B, n] are needed with slots alone, whose rows differ in how far they reach back.
+        """
         logits = self.output(F.gelu(self.hidden(x)))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse for the noise
         if self.trc_window > 1:
-            logits = self._causal_mean(logits, cache)
+            logits = self._causal_mean(logits, cache, positions)
         if self.training:
             gumbel = -torch.empty_like(logits).exponential_().log()
             return ((logits + gumbel) / self.temperature).softmax(dim=-1)
         return (logits / self.config.temperature_end).softmax(dim=-1)
 
-    def _causal_mean(self, logits: Tensor, cache: TailCache | None) -> Tensor:
+    def _causal_mean(self, logits: Tensor, cache: TailCache | None, positions: Tensor | None) -> Tensor:
         n, window = logits.shape[1], self.trc_window
         joined = logits if cache is None else cache.extend(logits)
         known = joined.shape[1] - n  # logits before these, at most window - 1
         sums = F.pad(joined, (0, 0, window - 1 - known, 0)).unfold(1, window, 1).sum(dim=-1)  # [B, n, n_tiers]
-        counts = torch.arange(known + 1, known + n + 1, device=logits.device).clamp(max=window)
-        return sums / counts[:, None]
+        counts = torch.arange(known + 1, known + n + 1, device=logits.device) if positions is None else positions + 1
+        return sums / counts.clamp(max=window).unsqueeze(-1)
 
 
 def routing_statistics(routings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

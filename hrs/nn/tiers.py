@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.attention import Attention
-from hrs.nn.cache import TailCache
+from hrs.nn.cache import CachePart, TailCache
 from hrs.nn.conv_mixer import CausalConv
 from hrs.nn.peer import Peer
 from hrs.nn.router import Router
@@ -95,6 +95,15 @@ class TiersCache:
     router: TailCache
     tiers: dict[str, Any]
 
+    def parts(self) -> list[CachePart]:
+        """All of it that remembers something, always in one order."""
+        return [self.router, *(part for part in self.tiers.values() if part is not None)]
+
+    def slots(self, n: int) -> "TiersCache":
+        """The same for ``n`` sequences of unequal length."""
+        tiers = {name: None if part is None else part.slots(n) for name, part in self.tiers.items()}
+        return TiersCache(self.router.slots(n), tiers)
+
 
 def sparsify(x: Tensor, density: float) -> Tensor:
     """softplus of [..., d] with only the ``density`` share of its largest entries kept, at least one."""
@@ -141,7 +150,7 @@ class RoutedTiers(nn.Module):
             The new residual stream, the routing weights [B, n, n_tiers], and in eval mode the weight that each expert
             of a ``peer`` tier got, [n_experts].
         """
-        routing = self.router(x, None if cache is None else cache.router)
+        routing = self.router(x, None if cache is None else cache.router, positions)
         weights = routing.to(residual.dtype).unsqueeze(-1).unbind(dim=-2)  # n_tiers of [B, n, 1]
         if self.input_density < 1:
             x = sparsify(x, self.input_density)

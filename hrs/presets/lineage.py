@@ -8,6 +8,7 @@ from hrs.presets.controls import CONTROLS, KERNELS
 from hrs.presets.legacy import LEGACY
 from hrs.presets.manifold import MANIFOLD, MANIFOLD_LEGACY
 from hrs.presets.preset import Preset
+from hrs.presets.retrieval import RETRIEVAL
 from hrs.presets.v1 import V1
 from hrs.presets.v2_to_v7 import V2_TO_V7
 from hrs.presets.v8_to_v18 import V8_TO_V14, V15_TO_V18
@@ -19,6 +20,7 @@ FAMILIES: Mapping[str, tuple[Preset, ...]] = {
     "Versions 15 to 18": V15_TO_V18,
     "Controls": CONTROLS,
     "Attention kernels and positions": KERNELS,
+    "Retrieved memory": RETRIEVAL,
     "Manifold-guided network": MANIFOLD,
     "Legacy": (*LEGACY, MANIFOLD_LEGACY),
 }

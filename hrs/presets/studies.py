@@ -5,6 +5,7 @@ from hrs.presets.controls import CONTROLS, KERNELS
 from hrs.presets.legacy import LEGACY
 from hrs.presets.manifold import MANIFOLD, MANIFOLD_LEGACY
 from hrs.presets.preset import Preset
+from hrs.presets.retrieval import RETRIEVAL
 from hrs.presets.v1 import V1
 from hrs.presets.v2_to_v7 import V2_TO_V7
 from hrs.presets.v8_to_v18 import V8_TO_V14, V15_TO_V18
@@ -31,6 +32,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "manifold": ("dense_baseline", *_names(MANIFOLD)),
     "manifold_with_legacy": ("dense_baseline", *_names(MANIFOLD), MANIFOLD_LEGACY.name),
     "kernels": ("dense_baseline", *_names(KERNELS)),
+    "retrieval": ("dense_baseline", *_names(RETRIEVAL)),
 }  # fmt: skip
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hrs.config import AveragingConfig, ExperimentConfig
 from hrs.data import TokenStore
 from hrs.data.categories import token_labels
-from hrs.data.windows import TrainingWindows, history, window_categories
+from hrs.data.windows import TrainingWindows, history, window_categories, window_memory
 from hrs.errors import HRSError
 from hrs.models import build_model
 from hrs.models.base import WindowContext
@@ -29,6 +30,7 @@ from hrs.training.phases import Phase, check_phases, enter_phase, phase_at, phas
 from hrs.training.progress import Progress, TrainingSummary, memory_in_use_bytes
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.requirements import require_trainable
+from hrs.training.retrieval import TrainingMemories, start_from
 from hrs.training.runtime import DEFAULT_RUNTIME, Runtime
 from hrs.training.schedule import lr
 from hrs.training.sharing import Workers, checksums
@@ -45,6 +47,7 @@ def train(
     runtime: Runtime = DEFAULT_RUNTIME,
     geometry: TokenGeometry | None = None,
     workers: Workers | None = None,
+    memories: TrainingMemories | None = None,
 ) -> Iterator[Progress]:
     """Train ``config`` on ``store`` in ``directory``, from its last checkpoint if it has one.
 
@@ -55,13 +58,16 @@ def train(
         geometry: what a manifold-guided network reads. Only a new run of that family needs it: checkpoints hold it.
         workers: this process's place among ``training.sharing.workers`` that all call this with the same arguments.
             Only the first of them yields, validates and writes. Without it this process does the work of all.
+        memories: what ``training.retrieval`` names: the memories of windows, and the weights that a new run starts
+            from. Needed if its base is set, else not wanted.
 
     Raises:
         HRSError: if the micro-batch does not divide the batch, the model does not fit the memory, the loss is not
-            finite ten steps in a row, the disk is full, the directory holds another run, a geometry is missing, or the
-            workers come apart (another one ended, or other weights).
+            finite ten steps in a row, the disk is full, the directory holds another run, a geometry is missing,
+            memories are missing or those of another base, or the workers come apart (another one ended, or other
+            weights).
     """
-    run = _Run(config, store, Path(directory), runtime, geometry, workers)
+    run = _Run(config, store, Path(directory), runtime, geometry, workers, memories)
     while run.step < config.training.steps:
         progress = run.advance()
         if progress is not None:
@@ -84,19 +90,23 @@ class _Run:
         runtime: Runtime,
         geometry: TokenGeometry | None,
         workers: Workers | None,
+        memories: TrainingMemories | None,
     ) -> None:
         training, model = config.training, config.model
-        require_trainable(config, store, directory, runtime, geometry, workers)
+        require_trainable(config, store, directory, runtime, geometry, workers, memories)
         torch.set_num_threads(runtime.threads)
         torch.manual_seed(config.seed)
         self.config, self.store, self.directory, self.runtime = config, store, directory, runtime
         self.workers, self.first = workers, workers is None or workers.first
         self.device = runtime.torch_device()
         self.windows = TrainingWindows(store.train.tokens, model.max_seq_len, training.batch_sequences, config.seed)
-        self.validation = Validation(store.validation, config) if training.validations else None
+        self.memories = memories
+        self.validation = Validation(store.validation, config, memories) if training.validations else None
         n = training.validations
         self.validation_steps = {round((i + 1) * training.steps / n) for i in range(n)}
         self.model = build_model(model, geometry).to(self.device).train()
+        if memories is not None:
+            start_from(memories.base_weights, self.model)
         self.labels = token_labels(store, "train", model.category) if self.model.n_categories else None
         self.optimizer = build_optimizer(self.model, training.optimizer)
         self.phases = phases_of(training.phases, training.steps)
@@ -177,7 +187,7 @@ class _Run:
     def _context(self, step: int) -> WindowContext | None:
         """What the model wants to be told of the windows of a step besides their tokens; None if nothing."""
         n_history = self.model.history_tokens
-        if not n_history and self.labels is None:
+        if not n_history and self.labels is None and self.memories is None:
             return None
         starts, context = self.windows.starts(step), WindowContext()
         if n_history:
@@ -185,6 +195,10 @@ class _Run:
         if self.labels is not None:
             window = self.config.model.max_seq_len
             context.category = torch.from_numpy(window_categories(self.labels, starts, window))
+        if self.memories is not None:
+            shown = self.config.training.retrieval.memory
+            memory = window_memory(self.memories, shown, "train", starts, np.roll(starts, 1))
+            context.memory = None if memory is None else torch.from_numpy(memory)
         return context.to(self.device)
 
     def _report(self) -> Progress:

@@ -85,4 +85,6 @@ def _context(model: LanguageModel, batch: int) -> WindowContext | None:
     n_history = model.history_tokens
     history = torch.zeros(batch, n_history, dtype=torch.int64) if n_history else None
     category = torch.zeros(batch, dtype=torch.int64) if model.n_categories else None
-    return None if history is None and category is None else WindowContext(history, category)
+    memory = torch.ones(batch, model.memory_slots, model.d_model) if model.takes_memory else None
+    nothing = history is None and category is None and memory is None
+    return None if nothing else WindowContext(history, category, memory)

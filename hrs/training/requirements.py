@@ -7,6 +7,7 @@ from hrs.data import TokenStore
 from hrs.errors import HRSError
 from hrs.models.geometry import TokenGeometry
 from hrs.training.checkpoint import latest_checkpoint
+from hrs.training.retrieval import TrainingMemories
 from hrs.training.runtime import Runtime
 from hrs.training.sharing import Workers
 
@@ -18,6 +19,7 @@ def require_trainable(
     runtime: Runtime,
     geometry: TokenGeometry | None,
     workers: Workers | None,
+    memories: TrainingMemories | None = None,
 ) -> None:
     """Raises HRSError if ``config`` cannot be trained with these; the arguments are those of ``train``."""
     training, model = config.training, config.model
@@ -41,3 +43,25 @@ def require_trainable(
             "a new run of family manifold reads the geometry of its tokens and none was given: "
             "compute it from the training text first and pass it to train()"
         )
+    _require_memories(config, memories)
+
+
+def _require_memories(config: ExperimentConfig, memories: TrainingMemories | None) -> None:
+    retrieval, kind = config.training.retrieval, config.model.engram.kind
+    if bool(retrieval.base) != (kind == "retrieved"):
+        raise HRSError(
+            f"engram.kind={kind} and training.retrieval.base='{retrieval.base}' do not fit: a model that reads "
+            "memories needs the run whose engrams find them, and no other model does; jobs/retrieval_study.py sets both"
+        )
+    if retrieval.base and memories is None:
+        raise HRSError(
+            f"training.retrieval.base={retrieval.base} needs the memories of that run and none were given: build its "
+            "bank first and pass it to train(), as jobs/retrieval_study.py does"
+        )
+    if memories is not None and memories.fingerprint != retrieval.fingerprint:
+        raise HRSError(
+            f"training.retrieval.fingerprint is {retrieval.fingerprint or 'empty'} and the memories given are those of "
+            f"a base with {memories.fingerprint}: give those of the run that the config names"
+        )
+    if retrieval.memory == "shuffled" and config.training.batch_sequences < 2:
+        raise HRSError("training.retrieval.memory=shuffled needs training.batch_sequences of 2 or more windows")

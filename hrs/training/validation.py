@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hrs.config import ExperimentConfig
 from hrs.data import TokenSplit
-from hrs.data.windows import evaluation_windows, history
+from hrs.data.windows import WindowMemories, evaluation_windows, history, strangers, window_memory
 from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.loss import cross_entropy
 from hrs.training.randomness import get_rng, set_rng
@@ -23,7 +23,7 @@ class Validation:
     than the final evaluation.
     """
 
-    def __init__(self, split: TokenSplit, config: ExperimentConfig) -> None:
+    def __init__(self, split: TokenSplit, config: ExperimentConfig, memories: WindowMemories | None = None) -> None:
         window = config.model.max_seq_len
         windows = list(evaluation_windows(len(split), window, window))
         wanted = config.training.validation_windows
@@ -33,6 +33,8 @@ class Validation:
         self._windows = windows
         self._length = min(window + 1, len(split))
         self._precision = config.training.precision
+        self._memories, self._shown = memories, config.training.retrieval.memory
+        self._seekers = strangers(np.array([start for start, _ in windows]))
 
     @torch.no_grad()
     def loss(self, model: LanguageModel, device: torch.device, batch: int) -> float:
@@ -43,7 +45,7 @@ class Validation:
         for first in range(0, len(self._windows), batch):
             windows = self._windows[first : first + batch]
             tokens, targets = self._read(windows)
-            context = self._context(windows, model.history_tokens, device)
+            context = self._context(first, windows, model.history_tokens, device)
             with autocast(self._precision, device):
                 hidden = model.encode(tokens.to(device), context).hidden
                 mean = cross_entropy(model.unembed, hidden, targets.to(device), vocab_size=model.vocab_size)
@@ -61,8 +63,16 @@ class Validation:
         targets[positions[:, 1:] < np.array([scored for _, scored in windows])[:, None]] = _NOT_SCORED
         return torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets)
 
-    def _context(self, windows: list[tuple[int, int]], n_history: int, device: torch.device) -> WindowContext | None:
-        if not n_history:
+    def _context(
+        self, first: int, windows: list[tuple[int, int]], n_history: int, device: torch.device
+    ) -> WindowContext | None:
+        if not n_history and self._memories is None:
             return None
-        before = history(self._split, np.array([start for start, _ in windows]), n_history)
-        return WindowContext(torch.from_numpy(before).to(device))
+        starts, context = np.array([start for start, _ in windows]), WindowContext()
+        if n_history:
+            context.history = torch.from_numpy(history(self._split, starts, n_history))
+        if self._memories is not None:
+            seekers = self._seekers[first : first + len(windows)]
+            memory = window_memory(self._memories, self._shown, "validation", starts, seekers)
+            context.memory = None if memory is None else torch.from_numpy(memory)
+        return context.to(device)

@@ -37,10 +37,11 @@ def tokens(batch: int = 2, n: int = 64) -> torch.Tensor:
 
 
 def context_for(model: HRSModel, batch: int = 2) -> WindowContext:
-    """History and topics for models that use them."""
+    """History, topics and memory for models that use them."""
     history = torch.randint(512, (batch, model.history_tokens)) if model.history_tokens else None
     category = torch.randint(model.n_categories, (batch,)) if model.n_categories else None
-    return WindowContext(history, category)
+    memory = torch.randn(batch, 6, model.d_model) if model.takes_memory else None
+    return WindowContext(history, category, memory)
 
 
 def engrams_of(model: HRSModel, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from hrs.data.windows import evaluation_windows, history, window_categories
 from hrs.evaluation.leaks import CausalMean, SkeletonLM
 from hrs.models import ModelOutput, WindowContext, build_model
 from hrs.models.geometry import TokenGeometry
+from hrs.presets import experiment
 from hrs.training import Runtime, load_model, train
 from hrs.training.optimizer import build_optimizer
 from hrs.training.step import Stepper
@@ -225,12 +226,14 @@ def drawn_geometry(config: ModelConfig) -> TokenGeometry | None:
 
 
 OFTEN = ("full_hrs_recurrence", "v18_cross_attn", "v5_replace_legacy")
+SELDOM = [name for name in DISTINCT if name not in OFTEN and experiment(name).model.engram.kind != "retrieved"]
+"""A retrieved memory resumes in test_retrieval_in_the_loop.py, which has one to give."""
 
 
 @pytest.mark.parametrize(
     ("preset", "stop_at"),
     [(preset, stop) for preset in OFTEN for stop in (4, 5)]
-    + [pytest.param(preset, 5, marks=pytest.mark.slow) for preset in DISTINCT if preset not in OFTEN],
+    + [pytest.param(preset, 5, marks=pytest.mark.slow) for preset in SELDOM],
 )
 def test_every_model_resumes_to_the_same_bits(
     preset: str, stop_at: int, small_experiment, small_store, tmp_path: Path

@@ -5,6 +5,7 @@ from hrs.nn.engrams.base import BlockInputs, EngramMechanism, EngramState
 from hrs.nn.engrams.memory import MemoryEngrams
 from hrs.nn.engrams.recurrence import RecurrenceEngrams
 from hrs.nn.engrams.replace import ReplaceEngrams
+from hrs.nn.engrams.retrieved import RetrievedEngrams
 from hrs.nn.engrams.running import RunningEngrams
 from hrs.nn.engrams.window import PrefixEngrams, WindowEngrams
 
@@ -13,6 +14,7 @@ _KINDS: dict[str, type[EngramMechanism]] = {
     "prefix": PrefixEngrams,
     "recurrence": RecurrenceEngrams,
     "memory": MemoryEngrams,
+    "retrieved": RetrievedEngrams,
     "running": RunningEngrams,
     "replace": ReplaceEngrams,
 }

@@ -30,7 +30,7 @@ class BlockInputs:
     memory_gate: Tensor | None = None
     """[B, E], factor of each after its normalisation."""
     slots: Tensor | None = None
-    """[S, d], vectors from outside the text for the block's cross-attention; all zero while there are none."""
+    """[S, d] or [B, S, d], vectors from outside the text for the block's cross-attention; a zero one is absent."""
     synapse_means: Tensor | None = None
     """[B, m, d], means of engrams that set the temperature of heads; row 0 is no engram at all, for no change."""
     synapse_index: Tensor | None = None
@@ -93,6 +93,9 @@ class EngramMechanism(nn.Module):
         """Begin a pass over tokens at ``positions`` [n]."""
         # Given, not left to the default: torch.compile cannot trace a default_factory that is a class.
         return EngramState(positions=positions, cache=cache, recalled=recalled, inputs=BlockInputs())
+
+    def offer(self, memory: Tensor, state: EngramState) -> None:
+        """Give a pass the slots [B, S, d] that its windows were told of from outside."""
 
     def enter(self, index: int, x: Tensor, state: EngramState) -> tuple[Tensor, Tensor, BlockInputs]:
         """Before block ``index``: its input [B, n, d], their positions, and what else it reads."""
