@@ -25,7 +25,25 @@ Corpus = Annotated[
     str | None, typer.Option(help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH.")
 ]
 
-Model = Annotated[Path, typer.Argument(help="A run's directory, one of its checkpoints, or an artifact.")]
+
+def _model_path(text: str) -> Path:
+    """Where a model lies: what is named in the registry is found there, a path stays what it is."""
+    if not text.startswith("mlflow:"):
+        return Path(text)  # without the tracking store, which a path has no use for
+    from hrs.storage import open_storage
+    from hrs.tracking import resolve_model
+
+    return resolve_model(open_storage(), text)
+
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        parser=_model_path,
+        metavar="MODEL",
+        help="A run's directory, one of its checkpoints, an artifact, or mlflow:NAME@ALIAS of the registry.",
+    ),
+]
 
 
 @app.command()
@@ -86,7 +104,7 @@ def train(
 @app.command()
 def audit(
     model: Annotated[
-        str | None, typer.Argument(metavar="[PRESET|MODEL]", help="A preset's name, a run's directory or an artifact.")
+        str | None, typer.Argument(metavar="[PRESET|MODEL]", help="A preset's name, or a model as for evaluate.")
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Audit every preset; status 1 if one is not what its label says.")
@@ -107,8 +125,8 @@ def audit(
         raise HRSError("audit takes one preset or run directory, or --all alone: see 'hrs audit --help'")
     if model is None:
         raise typer.Exit(_audit_all(scale, seed))
-    if Path(model).exists():
-        network, _ = load(Path(model))
+    if (path := _model_path(model)).exists():
+        network, _ = load(path)
     else:
         network = new_model(experiment(model, scale, seed).model, seed)
     report = run_audit(network, seed=seed, random_token_training=random_tokens)
@@ -221,6 +239,42 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default its preset.")] = None,
+    slots: Annotated[int, typer.Option(help="Texts a replica continues at the same time.")] = 8,
+    max_queue: Annotated[int, typer.Option(help="Texts that may wait for a slot of a replica.")] = 64,
+    replicas: Annotated[int, typer.Option(help="Most copies of the model; one runs, others come with the load.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of each replica.")] = 1,
+    memories: Annotated[
+        Path | None, typer.Option(help="Folder of an engram store; default one below the storage root.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with one key per line; without it $HRS_API_KEY, if set, is the key.")
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds that running replies may take to end when it stops.")] = 10.0,
+) -> None:
+    """Serve a model over HTTP in the shapes of OpenAI's API, until Ctrl-C."""
+    from serve.command import serve_model
+    from serve.settings import parse_settings
+
+    values: dict[str, object] = {
+        "model": str(model),
+        "name": name,
+        "slots": slots,
+        "max_queue": max_queue,
+        "max_replicas": replicas,
+        "threads": threads,
+        "memories": memories and str(memories.absolute()),
+        "api_key_file": api_key_file and str(api_key_file.absolute()),
+        "grace_seconds": grace,
+    }
+    serve_model(parse_settings(values), host, port)
+
+
+@app.command()
 def report(study: Annotated[str, typer.Argument(help="The study's name, such as v1-tiny.")]) -> None:
     """Print a study's table and write its page again from what was tracked."""
     from hrs.report import format_table, write_report
@@ -231,6 +285,20 @@ def report(study: Annotated[str, typer.Argument(help="The study's name, such as 
     records = Tracker(storage).study_records(study)
     files = write_report(study, records, storage.report(study), command=f"hrs report {study}")
     print(f"{format_table(records)}\n\nreport: {files.html}")
+
+
+@app.command()
+def promote(
+    study: Annotated[str, typer.Argument(help="The study's name, such as v1-tiny.")],
+    name: Annotated[str, typer.Option(help="Name of the registered model.")] = "hrs",
+    alias: Annotated[str, typer.Option(help="Points at the promoted version from now on.")] = "champion",
+) -> None:
+    """Register the best causal run of a study, for use as mlflow:NAME@ALIAS."""
+    from hrs.storage import open_storage
+    from hrs.tracking import format_promotion
+    from hrs.tracking import promote as run_promotion
+
+    print(format_promotion(run_promotion(open_storage(), study, name=name, alias=alias)))
 
 
 @app.command()

@@ -24,6 +24,7 @@ from hrs.export import ExportResult, export, format_result, parse_budget
 from hrs.report.records import RunRecord
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
+from hrs.tracking.candidates import judge
 from hrs.training import Runtime, load_model
 from jobs.entry import run_entry
 
@@ -49,10 +50,10 @@ def best_run(study: str, records: Sequence[RunRecord]) -> RunRecord:
     Raises:
         HRSError: if there is none.
     """
-    ranked = [r for r in records if r.status == "finished" and r.causal and "bits_per_byte" in r.metrics]
-    if not ranked:
-        raise HRSError(f"study '{study}' has no finished run that passed the audit: finish one, or name a directory")
-    return min(ranked, key=lambda r: r.metrics["bits_per_byte"])
+    candidates = judge(records)
+    if candidates and candidates[0].verdict == "taken":
+        return candidates[0].record
+    raise HRSError(f"study '{study}' has no finished run that passed the audit: finish one, or name a directory")
 
 
 def export_run(directory: Path, target: Path, options: argparse.Namespace, storage: Storage) -> ExportResult:

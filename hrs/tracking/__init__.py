@@ -6,7 +6,11 @@ MLflow itself is imported when a :class:`Tracker` is made, so importing this pac
 
 from hrs.tracking.logger import Outcome, RunLogger
 from hrs.tracking.owner import SILENT_SECONDS
+from hrs.tracking.registry import Promotion, format_promotion, promote, resolve_model
 from hrs.tracking.store import ui_command
 from hrs.tracking.tracker import RunBusy, Tracker
 
-__all__ = ["SILENT_SECONDS", "Outcome", "RunBusy", "RunLogger", "Tracker", "ui_command"]
+__all__ = [
+    "SILENT_SECONDS", "Outcome", "Promotion", "RunBusy", "RunLogger", "Tracker",
+    "format_promotion", "promote", "resolve_model", "ui_command",
+]  # fmt: skip

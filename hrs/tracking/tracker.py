@@ -104,11 +104,21 @@ class Tracker:
         Raises:
             HRSError: if there is no such run.
         """
+        run_id = self.run_id(key)
+        for path in paths:
+            self._client.log_artifact(run_id, str(path), folder)
+
+    def run_id(self, key: str) -> str:
+        """MLflow's id of the run of ``key``, whichever study made it.
+
+        Raises:
+            HRSError: if there is no such run.
+        """
         run = self._find(key)
         if run is None:
             raise HRSError(f"there is no run {key}: train it first")
-        for path in paths:
-            self._client.log_artifact(run.info.run_id, str(path), folder)
+        run_id: str = run.info.run_id
+        return run_id
 
     def open_run(
         self, key: str, study_id: str, config: ExperimentConfig, data_fingerprint: str, *, system_metrics: bool = False

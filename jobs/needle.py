@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Needle in a haystack: is a fact that nobody can guess found by a question, and does the model tell its value?
+
+    ray job submit --working-dir . -- python jobs/needle.py mlflow:hrs@champion
+    python jobs/needle.py PATH/TO/RUN --segment 32 --distractors 0,16,64 --trials 100
+    python jobs/needle.py model.hrs --condition full_context --seed 1
+
+Tables, heat map and all raw numbers lie below the storage and in MLflow, study "needles". The same measurement of the
+same model is done once; submitting it again prints it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
+
+import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs.cluster.preflight import connect, preflight
+from hrs.config import ExperimentConfig
+from hrs.data import open_tokens
+from hrs.errors import HRSError
+from hrs.export import open_model
+from hrs.retrieval.engrams import model_fingerprint
+from hrs.retrieval.needle import NeedlePlan
+from hrs.retrieval.needle_report import HEAT_MAP, draw_heat_map, format_tables, page
+from hrs.retrieval.needle_result import NeedleResult, measure_needles, measurement_key
+from hrs.retrieval.segments import default_cut
+from hrs.storage import Storage, open_storage
+from hrs.tracking import Tracker, resolve_model
+from hrs.training import Runtime
+from jobs.entry import run_entry
+
+STUDY = "needles"
+T = TypeVar("T")
+RESULT, TABLES, PAGE = "needle.json", "needle.txt", "needle.md"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The job's command line."""
+    parser = argparse.ArgumentParser(prog="jobs/needle.py", description="Seek facts hidden in long texts.")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run's directory, a checkpoint, an artifact or mlflow:NAME@ALIAS"
+    )
+    parser.add_argument(
+        "--split", default="validation", choices=("train", "validation", "test"), help="of the haystacks"
+    )
+    parser.add_argument("--segment", type=int, metavar="TOKENS", help="length of a segment (default half the context)")
+    parser.add_argument(
+        "--condition", choices=("isolated", "full_context"), default="isolated", help="how they are read"
+    )
+    parser.add_argument(
+        "--haystack", type=int, default=16, metavar="SEGMENTS", help="length of a haystack (default 16)"
+    )
+    parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="of the needle (default 0,0.25,0.5,0.75,1)")
+    parser.add_argument(
+        "--distractors", default="0,16,64,256", help="other segments in the store (default 0,16,64,256)"
+    )
+    parser.add_argument("--trials", type=int, default=40, help="needles per depth (default 40)")
+    parser.add_argument("--block", type=int, help="mean output of this block as the engram (default: the final states)")
+    parser.add_argument("--new-tokens", type=int, default=8, help="length of a continuation (default 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    options.depths = numbers(options.depths, float, "--depths")
+    options.distractors = numbers(options.distractors, int, "--distractors")
+    return options
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a worker is told."""
+
+    model: Path
+    options: argparse.Namespace
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What it tells at the end."""
+
+    key: str
+    folder: Path
+    config: ExperimentConfig
+    data_fingerprint: str
+    causal: bool | None
+
+
+def numbers(text: str, kind: Callable[[str], T], option: str) -> tuple[T, ...]:
+    """A comma-separated list.
+
+    Raises:
+        HRSError: if it is none.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise HRSError(f"{option} must be numbers with commas between them, got '{text}'") from error
+
+
+def measure(task: Task, storage: Storage) -> Iterator[str | Measured]:
+    """What a worker does; yields lines to print, and at last where the results are."""
+    opened, options = open_model(task.model, storage.tokens), task.options
+    model = opened.model.to(Runtime().torch_device())
+    plan = NeedlePlan(
+        cut=default_cut(model, options.condition, options.segment),
+        split=options.split,
+        haystack_segments=options.haystack,
+        depths=options.depths,
+        distractors=options.distractors,
+        trials=options.trials,
+        block=options.block,
+        new_tokens=options.new_tokens,
+        seed=options.seed,
+    )
+    tokens = open_tokens(opened.config.data, storage.tokens)
+    if tokens.tokenizer.to_str() != opened.tokenizer.to_str():
+        raise HRSError("the corpus has changed since this model was trained, and its tokenizer with it: train again")
+    fingerprint = model_fingerprint(model)
+    key = measurement_key(plan, fingerprint, tokens.fingerprint)
+    folder = storage.root / "needles" / key
+    yield f"model {fingerprint}: {opened.config.preset}, {opened.config.data.corpus}"
+    if opened.causal is False:
+        yield "warning: this model is not causal (hrs audit tells more)"
+    if not (folder / RESULT).exists():
+        result = yield from measure_needles(model, tokens, plan)
+        title = f"Needles: {opened.config.preset}, {opened.config.scale}, seed {opened.config.seed}"
+        save(result, folder, title, task.command)
+    yield Measured(
+        key=key,
+        folder=folder,
+        config=opened.config,
+        data_fingerprint=tokens.fingerprint,
+        causal=opened.causal,
+    )
+
+
+def save(result: NeedleResult, folder: Path, title: str, command: str) -> None:
+    """Write everything; the numbers come last, so that where they stand all is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_heat_map(result, folder / HEAT_MAP)
+    (folder / TABLES).write_text(format_tables(result) + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(page(result, title, command), encoding="utf-8")
+    part = folder / f"{RESULT}.part"
+    part.write_text(result.to_json(), encoding="utf-8")
+    os.replace(part, folder / RESULT)
+
+
+def track(measured: Measured, tracker: Tracker) -> None:
+    """Log numbers and files as a run of its own, once."""
+    if measured.key in tracker.finished([measured.key]):
+        return
+    metrics = json.loads((measured.folder / RESULT).read_text(encoding="utf-8"))["metrics"]
+    study_id = tracker.open_study(STUDY, {}, extend=True)
+    config = measured.config
+    with tracker.open_run(measured.key, study_id, config, measured.data_fingerprint) as run:
+        name = f"needles {config.preset} {config.scale} seed {config.seed}"
+        run.set_tags({"mlflow.runName": name, "hrs.kind": "needles", "causal": str(measured.causal).lower()})
+        run.log(0, metrics)
+        for file in (RESULT, TABLES, PAGE, HEAT_MAP):
+            run.log_artifact(measured.folder / file)
+    tracker.close_study(study_id, "finished")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, track and print; always 0."""
+    options = parse(arguments)
+    storage = open_storage()
+    model = resolve_model(storage, options.model).resolve()
+    if not model.exists():
+        raise HRSError(
+            f"model {options.model} does not exist: name a run's directory, an artifact or mlflow:NAME@ALIAS"
+        )
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    task = Task(model=model, options=options, command=f"python jobs/needle.py {shlex.join(words)}")
+    preflight(storage)
+    tracker = Tracker(storage)
+    cards = connect(storage).get("GPU", 0.0)
+    import ray
+
+    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards), max_retries=0)(measure)
+    try:
+        for told in map(ray.get, worker.remote(task, storage)):
+            if isinstance(told, Measured):
+                track(told, tracker)
+                print(f"\n{(told.folder / TABLES).read_text(encoding='utf-8')}\nresults: {told.folder}", flush=True)
+            else:
+                print(told, flush=True)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,110 @@
+"""The HTTP application over a backend."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Path as InPath
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from serve.backend import Backend
+from serve.checks import require_model
+from serve.completions import completion_routes
+from serve.errors import ApiError, install_handlers
+from serve.memory_routes import memory_routes
+from serve.middleware import Gatekeeper
+from serve.settings import read_api_keys
+
+PLAYGROUND = Path(__file__).with_name("playground.html")
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": what, "content": {"application/json": {"schema": _ERROR}}}
+    for status, what in {
+        400: "The request is malformed, or asks for what this server does not have",
+        401: "The API key is missing or wrong",
+        404: "There is no such model, memory or topic",
+        413: "The body is too large",
+        422: "A limit of this endpoint is exceeded",
+        429: "The queue is full; see Retry-After",
+        503: "The endpoint is stopping, or its model cannot be run",
+    }.items()
+}
+
+
+def make_api(backend: Backend) -> FastAPI:
+    """The application: OpenAI's routes, ours, health and metrics.
+
+    Raises:
+        HRSError: if the settings' key file cannot be read.
+    """
+    api = FastAPI(title="hrs", version="1", responses=_REFUSALS)
+    api.add_middleware(Gatekeeper, backend=backend, keys=read_api_keys(backend.settings))
+    install_handlers(api)
+    api.include_router(completion_routes(backend))
+    api.include_router(memory_routes(backend))
+
+    @api.get("/v1/models", tags=["models"])
+    async def models() -> dict[str, Any]:
+        """The one model that is served here."""
+        return {"object": "list", "data": [_model(backend)]}
+
+    @api.get("/v1/models/{name:path}", tags=["models"])
+    async def model(name: str = InPath(max_length=256)) -> dict[str, Any]:
+        """The same by its name."""
+        require_model(backend, name)
+        return _model(backend)
+
+    @api.get("/healthz", tags=["operation"])
+    async def healthz() -> JSONResponse:
+        """Runs the model on a token."""
+        report = await backend.check()
+        stopping = {"status": "stopping"} if backend.draining else {}
+        return JSONResponse({"status": "ok", **report, **stopping}, 503 if stopping else 200)
+
+    @api.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(backend.prometheus(), media_type="text/plain; version=0.0.4")
+
+    @api.get("/", include_in_schema=False)
+    async def playground() -> HTMLResponse:
+        if not PLAYGROUND.is_file():
+            raise ApiError(404, "there is no page here: the API's description is at /docs")
+        return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"))
+
+    return api
+
+
+def _model(backend: Backend) -> dict[str, Any]:
+    card = backend.card
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "hrs",
+        "hrs": {
+            "preset": card.preset,
+            "fingerprint": card.fingerprint,
+            "causal": card.causal,
+            "parameters": card.n_parameters,
+            "context": card.context,
+            "width": card.width,
+            "vocabulary": card.vocab_size,
+        },
+    }

@@ -1,0 +1,85 @@
+"""The Ray Serve application: replicas that each hold the model and answer HTTP themselves.
+
+Ingress and model are one deployment. A request then passes one process boundary, that of Serve's proxy; with an ingress
+of its own, every token of every stream would pass two.
+"""
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve as ray_serve
+from ray.serve import Application
+
+from serve.api import make_api
+from serve.opening import open_backend
+from serve.settings import Settings
+
+_DRAIN_POLL_SECONDS = 0.05
+
+
+@ray_serve.deployment(name="hrs")
+@ray_serve.ingress()
+class Replica:
+    """One model in one process, with its HTTP application."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._backend = open_backend(settings, replica=ray_serve.get_replica_context().replica_id.unique_id)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_api(self._backend)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """``{"draining": True}``: refuse new requests, and return when the running ones are finished or cut off."""
+        self._backend.draining = bool(user_config.get("draining", False))
+        if not self._backend.draining:
+            return
+        end = time.monotonic() + self._settings.grace_seconds
+        while self._backend.n_running and time.monotonic() < end:
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        self._backend.abort()
+
+    def check_health(self) -> None:
+        """Raises if the engine has stopped; Serve then starts another replica."""
+        if not self._backend.alive:
+            raise RuntimeError("the engine has stopped")
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    def __del__(self) -> None:
+        if (backend := getattr(self, "_backend", None)) is not None:
+            backend.close()
+
+
+def build(args: Settings) -> Application:
+    """The application of ``args``; what ``serve deploy`` calls with those of its file."""
+    return application(args)
+
+
+def application(settings: Settings, *, draining: bool = False) -> Application:
+    """The same, or with ``draining`` one whose replicas refuse new requests and let the running ones finish."""
+    deployment = Replica.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=_most_requests(settings),
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": settings.target_ongoing_requests or settings.slots,
+            "upscale_delay_s": settings.upscale_delay_seconds,
+            "downscale_delay_s": settings.downscale_delay_seconds,
+        },
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        graceful_shutdown_timeout_s=settings.grace_seconds,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=5,
+        user_config={"draining": draining},
+    )
+    return deployment.bind(settings)
+
+
+def _most_requests(settings: Settings) -> int:
+    """More than there is room for, so that it is the replica that refuses, and says so as OpenAI does."""
+    return 2 * (settings.slots + settings.max_queue) + 64

@@ -1,0 +1,200 @@
+"""A model in this process as a backend: what a Ray replica holds, and what runs without Ray."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hrs.data.tokenization import end_of_text_id
+from hrs.export.opening import OpenedModel
+from hrs.generation.text import token_pieces
+from hrs.retrieval.calibration import Calibration
+from hrs.retrieval.engrams import model_fingerprint
+from serve.backend import ModelCard, Request, Scores
+from serve.decoders import RetrievalDecoder
+from serve.engine import Engine, Replies
+from serve.errors import ApiError
+from serve.memories import Memories
+from serve.metrics import Metrics
+from serve.reading import score
+from serve.schemas import MemoryRequest, SearchRequest, TopicChange
+from serve.settings import Settings
+
+T = TypeVar("T")
+
+_AT_ONCE = 4
+"""Texts read between two steps of the others."""
+_PUBLISH_SECONDS = 2.0
+
+
+def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
+
+
+class LocalBackend:
+    """See :class:`serve.backend.Backend`.
+
+    Args:
+        opened: the model, on the device it is to run on.
+        folder: where all replicas of this model keep its memories and leave their figures.
+        calibration: of the model's entropies, if they are known.
+        replica: this replica's name among them.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        settings: Settings,
+        folder: Path,
+        *,
+        calibration: Calibration | None = None,
+        replica: str = "0",
+    ) -> None:
+        model, config = opened.model, opened.config
+        self.settings, self.metrics, self.draining = settings, Metrics(replica), False
+        self._model, self._tokenizer = model, opened.tokenizer
+        self._pieces = token_pieces(opened.tokenizer)
+        self._end_id = end_of_text_id(opened.tokenizer)
+        self.card = ModelCard(
+            name=settings.name or config.preset,
+            created=int(time.time()),
+            preset=config.preset,
+            fingerprint=model_fingerprint(model),
+            causal=opened.causal,
+            n_parameters=model.count_parameters(),
+            context=model.max_seq_len,
+            width=model.d_model,
+            vocab_size=model.vocab_size,
+        )
+        self._calibration = calibration
+        self._memories = Memories(model, opened.tokenizer, folder, settings)
+        self.metrics.slots.set(settings.slots)
+        self._engine = Engine(
+            self._decoder, self._pieces, limit=settings.slots + settings.max_queue, metrics=self.metrics
+        )
+        self._figures = folder / "replicas"
+        self._closed = threading.Event()
+        threading.Thread(target=self._publish, name="figures", daemon=True).start()
+
+    def _decoder(self) -> RetrievalDecoder:
+        return RetrievalDecoder(self._model, self._tokenizer, self._memories, self.settings, self._calibration)
+
+    # ---- texts -------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids or [self._end_id]
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self._pieces[id] for id in ids)
+
+    def token(self, id: int) -> bytes:
+        return self._pieces[id]
+
+    def require_room(self, n_texts: int) -> None:
+        self._engine.require_room(n_texts)
+
+    def start(self, requests: Sequence[Request]) -> Replies:
+        return self._engine.start(requests)
+
+    async def score(self, ids: Sequence[int], n_best: int) -> Scores:
+        if len(ids) > self.card.context:
+            sentence = f"log-probabilities are told of prompts up to the context of {self.card.context} tokens only"
+            raise ApiError(422, sentence, param="logprobs", code="context_length_exceeded")
+        return await self._engine.run(lambda: score(self._model, ids, n_best))
+
+    async def topic_context(self, prompt: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
+        segment = prompt[-self.card.context :]
+        text = self.decode(segment).decode(errors="ignore")
+        (reading,) = await self._engine.run(lambda: self._memories.read([segment]))
+        return await asyncio.to_thread(self._memories.topic_context, reading, text)
+
+    # ---- memories ----------------------------------------------------------------------------------------------------
+
+    async def embed(self, segments: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        parts = [await self._engine.run(partial(self._memories.engrams, part)) for part in _parts(segments)]
+        return np.concatenate(parts)
+
+    async def add_memories(self, request: MemoryRequest) -> list[dict[str, Any]]:
+        texts = [request.input] if isinstance(request.input, str) else request.input
+        readings = []
+        for part in _parts([self.encode(text) for text in texts]):
+            readings += await self._engine.run(partial(self._memories.read, part))
+        return await asyncio.to_thread(self._memories.write, texts, readings, request)
+
+    async def list_memories(
+        self, *, topic: str | None, source: str | None, limit: int, offset: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        return await asyncio.to_thread(self._memories.page, topic, source, limit, offset)
+
+    async def get_memory(self, id: str) -> dict[str, Any] | None:
+        return await asyncio.to_thread(self._memories.get, id)
+
+    async def search_memories(self, request: SearchRequest) -> list[dict[str, Any]]:
+        (query,) = await self.embed([self.encode(request.query)])
+        return await asyncio.to_thread(self._memories.search, query, request)
+
+    async def delete_memory(self, id: str) -> bool:
+        return await asyncio.to_thread(self._memories.delete, id)
+
+    async def topics(self) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(self._memories.topics)
+
+    async def change_topic(self, id: str, change: TopicChange) -> dict[str, Any] | None:
+        return await asyncio.to_thread(self._memories.change_topic, id, change)
+
+    # ---- operation ---------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs."""
+        return self._engine.alive
+
+    @property
+    def n_running(self) -> int:
+        """Texts that are not finished."""
+        return self._engine.n_accepted
+
+    async def check(self) -> dict[str, Any]:
+        def forward() -> bool:
+            device = next(self._model.parameters()).device
+            with torch.no_grad():
+                logits = self._model(torch.tensor([[self._end_id]], device=device)).logits
+            assert logits is not None
+            return bool(logits.isfinite().all())
+
+        began = time.perf_counter()
+        try:
+            finite = await self._engine.run(forward)
+        except Exception as error:
+            raise ApiError(503, "the model cannot be run") from error
+        if not finite:
+            raise ApiError(503, "the model gives numbers that are not finite")
+        return {"model": self.card.name, "seconds": time.perf_counter() - began, "running": self.n_running}
+
+    def prometheus(self) -> bytes:
+        return self.metrics.page(self._figures)
+
+    def abort(self) -> None:
+        """End every text now."""
+        self._engine.abort()
+
+    def close(self) -> None:
+        """Stop the engine. The backend cannot be used any more."""
+        self.draining = True
+        self._closed.set()
+        self._engine.close()
+
+    def _publish(self) -> None:
+        publish: Callable[[Path], None] = self.metrics.publish
+        while not self._closed.wait(_PUBLISH_SECONDS):
+            try:
+                publish(self._figures)
+            except OSError:  # a full disk must not end a replica that still answers
+                continue

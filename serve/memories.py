@@ -1,0 +1,165 @@
+"""What a model remembers: its engram store and its topics, which all replicas share through one folder."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from hrs.data.tokenization import end_of_text_id
+from hrs.errors import HRSError
+from hrs.models import LanguageModel
+from hrs.retrieval.engrams import engrams, model_fingerprint
+from hrs.retrieval.store import EngramStore, Memory, NewMemory
+from hrs.retrieval.topic_records import Assignment, TopicInfo
+from hrs.retrieval.topics import TopicContexts
+from serve.errors import ApiError
+from serve.reading import mean_entropy
+from serve.schemas import MemoryRequest, SearchRequest, TopicChange
+from serve.settings import Settings
+from serve.shared_topics import SharedTopics
+
+AUTO_TOPIC = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reading:
+    """What the model makes of a text."""
+
+    ids: Sequence[int]
+    engram: NDArray[np.float32]
+    """[d]"""
+    entropy: float | None
+    """Mean, in bits per token; None for one token."""
+
+
+class Memories:
+    """What reads a text with the model is for the engine's thread alone, and says so; the rest is for any thread."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, folder: Path, settings: Settings) -> None:
+        self.store = EngramStore.open(
+            folder / "store" if settings.memories is None else Path(settings.memories).expanduser(),
+            fingerprint=model_fingerprint(model),
+            block=settings.memory_block,
+            width=model.d_model,
+            normalisation=settings.memory_normalisation,
+        )
+        self._topics = SharedTopics(folder, model.d_model)
+        self._model, self._tokenizer, self._block = model, tokenizer, settings.memory_block
+        self._end_id = end_of_text_id(tokenizer)
+
+    def engrams(self, segments: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """[N, d]. In the engine's thread."""
+        return engrams(self._model, segments, block=self._block)
+
+    # ---- memories ----------------------------------------------------------------------------------------------------
+
+    def read(self, segments: Sequence[Sequence[int]]) -> list[Reading]:
+        """What the model makes of segments, each no longer than the context. In the engine's thread."""
+        return [
+            Reading(ids=ids, engram=engram, entropy=mean_entropy(self._model, ids))
+            for ids, engram in zip(segments, self.engrams(segments), strict=True)
+        ]
+
+    def write(self, texts: Sequence[str], readings: Sequence[Reading], request: MemoryRequest) -> list[dict[str, Any]]:
+        """Remember texts, on the disk when this returns.
+
+        Raises:
+            ApiError: 503 if the disk refuses.
+        """
+        new = [
+            NewMemory(text=text, entropy=r.entropy, source=request.source, topic=self._topic(request.topic, r, text))
+            for text, r in zip(texts, readings, strict=True)
+        ]
+        try:
+            added = self.store.add(new, np.stack([r.engram for r in readings]))
+        except HRSError as error:
+            raise ApiError(503, str(error), retry_after=5) from error
+        return [as_document(memory) for memory in added]
+
+    def page(self, topic: str | None, source: str | None, limit: int, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """Memories, and how many there are in all."""
+        found = self.store.list(topic=topic, source=source, limit=limit, offset=offset)
+        return [as_document(memory) for memory in found], len(self.store)
+
+    def get(self, id: str) -> dict[str, Any] | None:
+        return next((as_document(memory) for memory in self.store.get([id])), None)
+
+    def delete(self, id: str) -> bool:
+        return self.store.delete([id]) > 0
+
+    def search(self, query: NDArray[np.float32], request: SearchRequest) -> list[dict[str, Any]]:
+        """Memories nearest to an engram [d], those of disabled topics left out."""
+        (hits,) = self.store.search(
+            query[None],
+            request.k,
+            min_similarity=request.min_similarity,
+            topics=None if request.topics is None else self.with_former(request.topics),
+            sources=request.sources,
+            exclude_topics=self.disabled() or None,
+        )
+        return [{**as_document(hit.memory), "similarity": hit.similarity} for hit in hits]
+
+    # ---- topics ------------------------------------------------------------------------------------------------------
+
+    def topics(self) -> list[dict[str, Any]]:
+        """The most recent first."""
+        return [_topic_document(info) for info in self._topics.read()]
+
+    def change_topic(self, id: str, change: TopicChange) -> dict[str, Any] | None:
+        """None if there is no such topic."""
+        if not any(id in (info.id, *info.merged_ids) for info in self._topics.read()):
+            return None
+
+        def how(topics: TopicContexts) -> dict[str, Any]:
+            current = id
+            if change.enabled is not None:
+                current = topics.enable(current, change.enabled)
+            if change.name is not None:
+                current = topics.rename(current, change.name)
+            return _topic_document(topics.get(current))
+
+        return self._topics.change(how)
+
+    def topic_context(self, reading: Reading, text: str) -> tuple[list[int], dict[str, Any]]:
+        """What stands before a prompt, and its topic, which it belongs to from now on."""
+
+        def how(topics: TopicContexts) -> tuple[list[int], Assignment, TopicInfo]:
+            context = topics.context(engram=reading.engram)
+            assignment = topics.assign(reading.engram, [*reading.ids, self._end_id], text)
+            return context, assignment, topics.get(assignment.topic_id)
+
+        context, assignment, info = self._topics.change(how)
+        document = _topic_document(info) | {
+            "similarity": assignment.similarity,
+            "created": assignment.created,
+            "context_tokens": len(context),
+        }
+        return context, document
+
+    def disabled(self) -> set[str]:
+        """Ids of topics that are off, former ids included."""
+        return {id for info in self._topics.read() if not info.enabled for id in (info.id, *info.merged_ids)}
+
+    def with_former(self, ids: Sequence[str]) -> set[str]:
+        """``ids`` with those of topics that became part of theirs: memories keep the id they were written with."""
+        groups = [{info.id, *info.merged_ids} for info in self._topics.read()]
+        return set(ids).union(*(group for group in groups if group & set(ids)))
+
+    def _topic(self, wanted: str | None, reading: Reading, text: str) -> str | None:
+        if wanted != AUTO_TOPIC:
+            return wanted
+        ids = [*reading.ids, self._end_id]
+        return self._topics.change(lambda topics: topics.assign(reading.engram, ids, text)).topic_id
+
+
+def as_document(memory: Memory) -> dict[str, Any]:
+    """A memory as clients see it."""
+    return {"object": "memory", **asdict(memory)}
+
+
+def _topic_document(info: TopicInfo) -> dict[str, Any]:
+    return {"object": "topic", **asdict(info), "merged_ids": list(info.merged_ids)}

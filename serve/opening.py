@@ -1,0 +1,110 @@
+"""From settings to a backend: the model, the folder of its memories, and the gate that fits it."""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hrs.config import DataConfig
+from hrs.data import data_fingerprint, open_tokens
+from hrs.data.store import TokenSplit
+from hrs.errors import HRSError
+from hrs.export.opening import OpenedModel, open_model
+from hrs.retrieval.calibration import Calibration, calibrate
+from hrs.retrieval.engrams import model_fingerprint
+from hrs.storage import Storage, open_storage
+from hrs.training import Runtime
+from serve.local import LocalBackend
+from serve.settings import Settings
+
+CALIBRATION_TOKENS = 50_000
+"""Validation tokens the gate is calibrated on, at most."""
+
+_log = logging.getLogger("serve")
+
+
+def resolve(model: str, storage: Storage) -> Path:
+    """Where a model lies, given its path or ``mlflow:NAME@ALIAS``.
+
+    Raises:
+        HRSError: if there is no such model.
+    """
+    if model.startswith("mlflow:"):
+        from hrs.tracking import resolve_model
+
+        return resolve_model(storage, model)
+    path = Path(model).expanduser().absolute()
+    if not path.exists():
+        raise HRSError(f"there is no model at {path}: give a run's directory, an artifact, or mlflow:NAME@ALIAS")
+    return path
+
+
+def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:
+    """Load the model onto its device and open its memories.
+
+    Raises:
+        HRSError: if the model, its data or the storage cannot be used.
+    """
+    storage = open_storage(settings.storage)
+    runtime = Runtime(device=settings.device, threads=settings.threads)
+    torch.set_num_threads(runtime.threads)
+    opened = open_model(resolve(settings.model, storage), storage.tokens)
+    opened.model.to(runtime.torch_device())
+    folder = storage.root / "engrams" / f"{model_fingerprint(opened.model)}-served"
+    calibration = gate_of(opened, storage, folder)
+    return LocalBackend(opened, settings, folder, calibration=calibration, replica=replica)
+
+
+def gate_of(opened: OpenedModel, storage: Storage, folder: Path) -> Calibration | None:
+    """The model's calibrated gate, measured now if its validation text is at hand; None if it is not."""
+    path = folder / "gate.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Calibration.load(path, model_fingerprint(opened.model))
+    except HRSError:
+        pass  # there is none yet
+    try:
+        text = _validation(opened.config.data, storage)
+        if text is None:
+            return None
+        calibration = calibrate(opened.model, text)
+    except HRSError as error:
+        _log.warning("the entropy gate is not calibrated: %s", error)
+        return None
+    calibration.save(path)
+    return calibration
+
+
+def _validation(data: DataConfig, storage: Storage) -> TokenSplit | None:
+    """The front of the validation split; None if its tokens are not in the storage. Nothing is built."""
+    if not (storage.tokens / data_fingerprint(data)).is_dir():
+        return None
+    text = open_tokens(data, storage.tokens).validation
+    n = max(int(np.searchsorted(text.document_starts, CALIBRATION_TOKENS, side="right")) - 1, 1)
+    starts = text.document_starts[: n + 1]
+    return dataclasses.replace(
+        text,
+        tokens=text.tokens[: starts[-1]],
+        document_starts=starts,
+        topic_ids=text.topic_ids[:n],
+        n_bytes=text.n_bytes[:n],
+        n_words=text.n_words[:n],
+        documents=text.documents.slice(0, n),
+    )
+
+
+def warning_of(causal: bool | None) -> str | None:
+    """What must be said of a model that is not known to be causal."""
+    if causal is False:
+        return "THIS MODEL IS NOT CAUSAL: it was trained to see the tokens it predicts, which are not there to continue"
+    if causal is None:
+        return "this model was never audited for causality (hrs audit does it)"
+    return None
+
+
+def print_warning(causal: bool | None) -> None:
+    if (sentence := warning_of(causal)) is not None:
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)

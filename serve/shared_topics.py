@@ -1,0 +1,56 @@
+"""Topics in a file that several replicas read and change."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+
+from hrs.files import sync
+from hrs.retrieval.topic_records import TopicInfo
+from hrs.retrieval.topics import TopicContexts
+
+T = TypeVar("T")
+
+
+class SharedTopics:
+    """One :class:`TopicContexts` below a folder; every change is on the disk, for all, when it returns."""
+
+    def __init__(self, folder: Path, width: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "topics.json"
+        self._lock = filelock.FileLock(folder / "topics.lock")
+        self._threads = threading.RLock()
+        self._topics = TopicContexts(width)
+        self._state: tuple[int, int, int] | None = None
+
+    def read(self) -> list[TopicInfo]:
+        """All topics as they are now, the most recent first."""
+        with self._threads:
+            return self._current().topics()
+
+    def change(self, how: Callable[[TopicContexts], T]) -> T:
+        """Apply ``how``, alone among all replicas and threads. If it raises, nothing has changed."""
+        with self._threads, self._lock:
+            topics = self._current()
+            self._topics, self._state = TopicContexts(topics.width), None  # what ``how`` leaves half done is not kept
+            result = how(topics)
+            part = self._path.with_suffix(".part")
+            part.write_text(topics.to_json(), encoding="utf-8")
+            sync(part)
+            part.replace(self._path)
+            sync(self._path.parent)
+            return result
+
+    def _current(self) -> TopicContexts:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return self._topics
+        # A file that replaces another has an inode of its own, so no change within one tick of the clock is missed.
+        state = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if state != self._state:
+            self._topics = TopicContexts.from_json(self._path.read_text(encoding="utf-8"))
+            self._state = state
+        return self._topics

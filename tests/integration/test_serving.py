@@ -1,0 +1,393 @@
+"""The endpoint as users run it: Ray Serve behind real HTTP, and what happens to clients when parts of it die."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+
+from hrs.data import open_tokens
+from hrs.generation import Sampling, generate_text
+from hrs.models import build_model
+from hrs.presets import experiment
+from hrs.training import load_model
+from hrs.training.checkpoint import config_as_json, save_checkpoint
+from serve.settings import Settings
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "The ship and the tide"
+START_SECONDS = 240.0
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def run_directory(small_corpus: Path, storage: Path) -> Path:
+    """A run with a checkpoint of random weights, a context of 64 tokens."""
+    changes = {"data.tokenizer": "bpe:300", "data.corpus": f"jsonl:{small_corpus}", "model.max_seq_len": "64"}
+    config = experiment("dense_baseline", "micro", overrides=changes)
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    directory = storage / "runs" / "tiny"
+    state = {"step": 1, "config": config_as_json(config)}
+    save_checkpoint(directory, model, torch.optim.AdamW(model.parameters()), state, torch.device("cpu"))
+    open_tokens(config.data, storage / "tokens")
+    return directory
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Application:
+    """An endpoint on the session's Ray."""
+
+    def __init__(self, port: int, settings: Settings) -> None:
+        self.url, self.settings = f"http://127.0.0.1:{port}", settings
+
+    def client(self, **options: object) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120, **options)
+
+    def process(self) -> psutil.Process:
+        """A replica, which is not asked over HTTP."""
+        from ray import serve as ray_serve
+
+        return psutil.Process(ray_serve.get_app_handle("tested").process_id.remote().result(timeout_s=60))
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{self.url}/healthz", timeout=30).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError("the endpoint did not come back")
+
+    def deploy(self, **changes: object) -> None:
+        from ray import serve as ray_serve
+
+        from serve.app import build
+
+        ray_serve.run(build(self.settings.model_copy(update=changes)), name="tested", route_prefix="/")
+        self.wait_until_up()
+
+
+@pytest.fixture(scope="module")
+def application(ray_local, run_directory: Path, storage: Path) -> Iterator[Application]:
+    from ray import serve as ray_serve
+
+    port = free_port()
+    settings = Settings(
+        model=str(run_directory), name="tiny", storage=str(storage), cpus_per_replica=0.5, grace_seconds=5,
+        slots=4, max_queue=16, max_new_tokens=100_000,
+    )  # fmt: skip
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    made = Application(port, settings)
+    made.deploy()
+    yield made
+    ray_serve.shutdown()
+
+
+def test_openais_client_gets_the_librarys_texts(application: Application, run_directory: Path, small_store) -> None:
+    model, _ = load_model(run_directory)
+    sampling = Sampling(seed=7, max_new_tokens=40)
+    (expected,) = generate_text(model, small_store.tokenizer, [PROMPT], sampling)
+    client = application.client()
+    options = {"model": "tiny", "prompt": PROMPT, "seed": 7, "max_tokens": 40}
+    assert client.completions.create(**options).choices[0].text == expected.text
+    chunks = list(client.completions.create(**options, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
+    assert len(chunks) > 20
+    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=5)
+    assert chat.usage.completion_tokens == 5
+    assert len(client.embeddings.create(model="tiny", input=["a", "b"]).data) == 2
+    assert client.models.list().data[0].id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(**options | {"model": "other"})
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**options, presence_penalty=1)
+    assert (storage_folder := next(Path(application.settings.storage).glob("engrams/*-served"))).is_dir()
+    assert (storage_folder / "gate.json").is_file(), "the validation split is at hand, so the gate is calibrated"
+
+
+def test_tokens_of_a_stream_come_one_by_one(application: Application) -> None:
+    stream = application.client().completions.create(model="tiny", prompt="The", max_tokens=400, stream=True)
+    times = [time.monotonic() for _ in stream]
+    assert times[len(times) // 2] - times[0] > 0.2 * (times[-1] - times[0])
+
+
+def test_a_client_that_leaves_frees_its_slot(application: Application) -> None:
+    client = application.client()
+    for _ in range(20):  # as many as there is room for: one that is not freed leaves none for the rest
+        stream = client.completions.create(model="tiny", prompt="The", max_tokens=50_000, temperature=0, stream=True)
+        next(stream)
+        stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).completions.create(
+            model="tiny", prompt="The", max_tokens=50_000, temperature=0
+        )
+    deadline = time.monotonic() + 30
+    while (
+        running := httpx.get(f"{application.url}/healthz", timeout=60).json()["running"]
+    ) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running == 0
+
+
+def test_a_replica_that_dies_in_a_stream_ends_it_and_another_answers(application: Application) -> None:
+    client = application.client()
+    stream = client.completions.create(model="tiny", prompt="The", max_tokens=50_000, temperature=0, stream=True)
+    next(stream)
+    victim = application.process()
+    victim.kill()
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(stream)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            made = client.completions.create(model="tiny", prompt="The", max_tokens=3)
+            break
+        except openai.APIError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert made.usage.completion_tokens == 3
+    assert application.process().pid != victim.pid
+
+
+def test_what_was_acknowledged_survives_a_replica_that_dies_in_a_write(application: Application) -> None:
+    """Writers write without pause while their replica is killed three times."""
+    acknowledged: list[str] = []
+    stop = threading.Event()
+
+    def write(writer: int) -> None:
+        number = 0
+        with httpx.Client(base_url=f"{application.url}/v1", timeout=60) as client:
+            while not stop.is_set():
+                text = f"memory {writer} {number}"
+                number += 1
+                try:
+                    response = client.post("/memories", json={"input": text, "source": "crash"})
+                except httpx.HTTPError:
+                    continue
+                if response.status_code == 200:
+                    acknowledged.append(text)
+                else:
+                    time.sleep(0.2)
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(3):
+            before, deadline = len(acknowledged), time.monotonic() + START_SECONDS
+            while len(acknowledged) < before + 10:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            application.process().kill()
+            application.wait_until_up()
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join(timeout=120)
+    listed = httpx.get(f"{application.url}/v1/memories", params={"source": "crash", "limit": 1000}, timeout=60)
+    kept = [memory["text"] for memory in listed.json()["data"]]
+    assert len(acknowledged) >= 30
+    assert set(acknowledged) <= set(kept)
+    assert len(kept) == len(set(kept))
+
+
+def test_a_thousand_connections_at_once(application: Application) -> None:
+    """All are answered, most by 429; the replica lives and has grown by little."""
+
+    async def ask(client: httpx.AsyncClient) -> int:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30}
+        return (await client.post(f"{application.url}/v1/completions", json=body)).status_code
+
+    async def flood() -> Counter:
+        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=0)
+        async with httpx.AsyncClient(limits=limits, timeout=240) as client:
+            return Counter(await asyncio.gather(*(ask(client) for _ in range(1000))))
+
+    asyncio.run(flood())  # the first flood fills pools that stay
+    replica = application.process()
+    before = replica.memory_info().rss
+    answers = asyncio.run(flood())
+    assert set(answers) == {200, 429}
+    assert answers[200] >= 20
+    assert replica.is_running()
+    assert replica.memory_info().rss - before < 50 * 2**20
+    made = application.client().completions.create(model="tiny", prompt=PROMPT, max_tokens=3)
+    assert made.usage.completion_tokens == 3
+    print(f"1,000 connections: {dict(answers)}, {(replica.memory_info().rss - before) / 2**20:.1f} MiB more")
+
+
+def test_malformed_bodies_by_the_hundred(application: Application) -> None:
+    shapes = [b"", b"{", b"[]", b"null", b"\xff", b'{"model": "tiny"}', b'{"model": "tiny", "prompt": {}}',
+              b'{"model": "tiny", "prompt": "x", "n": -1}', b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+              b"[" * 10_000]  # fmt: skip
+    routes = ("completions", "chat/completions", "embeddings", "memories")
+    with httpx.Client(base_url=f"{application.url}/v1", timeout=60) as client:
+        headers = {"Content-Type": "application/json"}
+        statuses = Counter(
+            client.post(f"/{route}", content=body, headers=headers).status_code
+            for route in routes for body in shapes for _ in range(5)
+        )  # fmt: skip
+    assert sum(statuses.values()) == 200
+    assert all(400 <= status < 500 for status in statuses), statuses
+
+
+def test_replicas_share_memories_and_figures(application: Application) -> None:
+    application.deploy(min_replicas=2, max_replicas=2)
+    with httpx.Client(timeout=60) as client:
+        texts = [f"shared {number}" for number in range(12)]
+        for text in texts:  # written by whichever replica the proxy chooses, and read at once through any
+            added = client.post(f"{application.url}/v1/memories", json={"input": text, "source": "two"}).json()["data"]
+            assert client.get(f"{application.url}/v1/memories/{added[0]['id']}").json() == added[0]
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            page = client.get(f"{application.url}/metrics").text
+            written = re.findall(r'hrs_memories_written_total\{replica="(\w+)"\} (\d+)', page)
+            if len(written) == 2 and sum(int(n) for _, n in written) == len(texts):
+                break
+            time.sleep(0.5)
+        assert len(written) == 2
+        assert all(int(n) > 0 for _, n in written)
+    application.deploy(min_replicas=1, max_replicas=1)
+    listed = httpx.get(f"{application.url}/v1/memories", params={"source": "two"}, timeout=60).json()["data"]
+    assert [memory["text"] for memory in listed] == texts
+
+
+def test_replicas_come_with_the_load(application: Application) -> None:
+    from ray import serve as ray_serve
+
+    def n_replicas() -> int:
+        (deployment,) = ray_serve.status().applications["tested"].deployments.values()
+        return deployment.replica_states.get("RUNNING", 0)
+
+    application.deploy(max_replicas=2, target_ongoing_requests=1, upscale_delay_seconds=0.2)
+    assert n_replicas() == 1
+    client = application.client()
+    options = {"model": "tiny", "prompt": "The", "max_tokens": 50_000, "temperature": 0, "stream": True}
+    streams = [client.completions.create(**options) for _ in range(4)]
+    for stream in streams:
+        next(stream)
+    deadline = time.monotonic() + START_SECONDS
+    while n_replicas() < 2:
+        assert time.monotonic() < deadline
+        for stream in streams:
+            next(stream)
+    for stream in streams:
+        stream.close()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """``hrs serve`` as a process."""
+
+    def __init__(self, model: Path, storage: Path, *options: str) -> None:
+        self.port = free_port()
+        program = [sys.executable, "-c", "from hrs.cli import main; main()", "serve", str(model)]
+        self.process = subprocess.Popen(
+            [*program, "--port", str(self.port), *options],
+            env=os.environ | {"HRS_STORAGE": str(storage)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.said: list[str] = []
+        self.up = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            self.said.append(line)
+            if line.startswith("stop:"):
+                self.up.set()
+        self.up.set()
+
+    def end(self, how: signal.Signals) -> float:
+        began = time.monotonic()
+        self.process.send_signal(how)
+        assert self.process.wait(timeout=120) == 0, "".join(self.said)
+        return time.monotonic() - began
+
+    def __enter__(self) -> "Command":
+        assert self.up.wait(START_SECONDS), "".join(self.said)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+
+
+def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, storage: Path) -> None:
+    with Command(run_directory, storage, "--name", "tiny", "--grace", "20") as command:
+        said = "".join(command.said)
+        assert f"http://127.0.0.1:{command.port}/v1" in said
+        assert "warning: this model was never audited" in said
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{command.port}/v1", api_key="x", max_retries=0, timeout=60)
+        kept = httpx.post(f"http://127.0.0.1:{command.port}/v1/memories", json={"input": "kept"}, timeout=60).json()
+        family = psutil.Process(command.process.pid).children(recursive=True)
+        options = {"model": "tiny", "prompt": "The", "max_tokens": 2000, "n": 8, "temperature": 0}
+        stream = client.completions.create(**options, stream=True)
+        next(stream)
+        command.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while True:  # until the replicas know
+            response = httpx.get(f"http://127.0.0.1:{command.port}/v1/models", timeout=60)
+            if response.status_code == 503:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert response.json()["error"]["type"] == "service_unavailable_error"
+        assert int(response.headers["retry-after"]) >= 1
+        time.sleep(5)  # the replica is done long before a client that reads late
+        finished = [chunk.choices[0].finish_reason for chunk in stream]
+        assert finished.count("length") == 8
+        assert command.process.wait(timeout=60) == 0, "".join(command.said)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+    with Command(run_directory, storage) as again:
+        url = f"http://127.0.0.1:{again.port}/v1"
+        texts = [memory["text"] for memory in httpx.get(f"{url}/memories", timeout=60).json()["data"]]
+        assert kept["data"][0]["text"] in texts
+        seconds = again.end(signal.SIGINT)
+    print(f"stopped in {seconds:.1f} s")
+    assert seconds < 30
+
+
+def test_a_mistake_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    def said(*options: str) -> str:
+        program = [sys.executable, "-c", "from hrs.cli import main; main()", "serve"]
+        ended = subprocess.run(
+            [*program, *options], env=os.environ | {"HRS_STORAGE": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert ended.returncode == 2, ended.stdout
+        return ended.stderr.strip().splitlines()[-1]
+
+    assert said(str(tmp_path / "nothing")).startswith("error: there is no model at")
+    assert "slots: Input should be greater than or equal to 1" in said(str(tmp_path), "--slots", "0")

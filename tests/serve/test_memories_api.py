@@ -1,0 +1,251 @@
+"""Embeddings, memories, topics and retrieval through HTTP: what is written is found, by other replicas too."""
+
+import base64
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+
+from hrs.data import TokenStore
+from hrs.export.opening import OpenedModel
+from hrs.models import build_model
+from hrs.presets import experiment
+from hrs.retrieval.engrams import engrams
+
+TEXTS = ["The wave and the tide", "The cloud and the star", "The wheat and the barn"]
+
+
+@pytest.fixture
+def http(another: Callable) -> Iterator[httpx.Client]:
+    """An endpoint with memories of its own."""
+    with another() as endpoint, httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as client:
+        yield client
+
+
+def remember(http: httpx.Client, *texts: str, **more: str) -> list[dict]:
+    response = http.post("/memories", json={"input": list(texts), **more})
+    assert response.status_code == 200, response.text
+    return response.json()["data"]
+
+
+# ---- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_engrams_of_length_one(client: openai.OpenAI, opened: OpenedModel) -> None:
+    ids = [opened.tokenizer.encode(text).ids for text in TEXTS]
+    expected = engrams(opened.model, ids)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    made = client.embeddings.create(model="tiny", input=TEXTS)  # the client asks for base64 by itself
+    assert [row.index for row in made.data] == [0, 1, 2]
+    np.testing.assert_allclose([row.embedding for row in made.data], expected, atol=1e-6)
+    assert made.usage.prompt_tokens == made.usage.total_tokens == sum(map(len, ids))
+    as_floats = client.embeddings.create(model="tiny", input=ids, encoding_format="float")
+    np.testing.assert_allclose([row.embedding for row in as_floats.data], expected, atol=1e-6)
+    one = client.embeddings.create(model="tiny", input=TEXTS[0], dimensions=opened.model.d_model)
+    np.testing.assert_allclose(one.data[0].embedding, expected[0], atol=1e-6)
+
+
+def test_base64_is_little_endian_float32(http: httpx.Client) -> None:
+    body = {"model": "tiny", "input": TEXTS[0]}
+    as_text = http.post("/embeddings", json=body | {"encoding_format": "base64"}).json()["data"][0]["embedding"]
+    as_floats = http.post("/embeddings", json=body).json()["data"][0]["embedding"]
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(as_text), "<f4"), np.array(as_floats, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [({"dimensions": 3}, 400), ({"input": []}, 400), ({"input": "wave " * 100}, 422), ({"input": ["x"] * 65}, 422),
+     ({"model": "other"}, 404), ({"encoding_format": "int8"}, 400), ({"input": [400]}, 400)],
+)  # fmt: skip
+def test_embeddings_that_are_refused(http: httpx.Client, changes: dict, status: int) -> None:
+    assert http.post("/embeddings", json={"model": "tiny", "input": "x"} | changes).status_code == status
+
+
+# ---- memories --------------------------------------------------------------------------------------------------------
+
+
+def test_memories_are_added_listed_found_and_deleted(http: httpx.Client) -> None:
+    added = remember(http, *TEXTS, source="book", topic="a")
+    other = remember(http, "The moon", source="letter")
+    assert [memory["text"] for memory in added] == TEXTS
+    assert all(0 < memory["entropy"] < 9 and memory["source"] == "book" and memory["topic"] == "a" for memory in added)
+    assert http.get("/memories").json()["data"] == added + other
+    assert http.get("/memories", params={"source": "book", "limit": 2}).json()["data"] == added[:2]
+    assert http.get("/memories", params={"topic": "a", "limit": 2, "offset": 2}).json()["data"] == added[2:]
+    assert http.get(f"/memories/{added[1]['id']}").json() == added[1]
+
+    found = http.post("/memories/search", json={"query": TEXTS[1], "k": 2}).json()["data"]
+    assert found[0]["text"] == TEXTS[1]
+    assert found[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert found[1]["similarity"] < found[0]["similarity"]
+    elsewhere = http.post("/memories/search", json={"query": TEXTS[1], "sources": ["letter"]}).json()["data"]
+    assert [memory["text"] for memory in elsewhere] == ["The moon"]
+
+    assert http.delete(f"/memories/{added[1]['id']}").json()["deleted"] is True
+    for response in (http.delete(f"/memories/{added[1]['id']}"), http.get(f"/memories/{added[1]['id']}")):
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "memory_not_found"
+    assert http.get("/memories").json()["total"] == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({"input": ""}, 400), ({"input": ["x", " \n"]}, 400), ({"input": "wave " * 100}, 422), ({"input": 5}, 400),
+     ({"input": ["x"] * 65}, 422), ({"input": "x", "source": ""}, 400), ({"input": "x", "where": "y"}, 400)],
+)  # fmt: skip
+def test_memories_that_are_refused_leave_nothing(http: httpx.Client, body: dict, status: int) -> None:
+    assert http.post("/memories", json=body).status_code == status
+    assert http.get("/memories").json()["total"] == 0
+
+
+def test_replicas_see_each_others_memories_and_topics_and_a_restart_keeps_them(another: Callable) -> None:
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(another()) for _ in range(2)]
+        one, two = (stack.enter_context(httpx.Client(base_url=f"{end.url}/v1", timeout=60)) for end in ends)
+        (first,) = remember(one, TEXTS[0], topic="auto")
+        assert two.get("/memories").json()["data"] == [first]
+        (second,) = remember(two, TEXTS[1], topic="auto")
+        assert [m["id"] for m in one.get("/memories").json()["data"]] == [first["id"], second["id"]]
+        name = {"name": "waters"}
+        assert two.post(f"/topics/{first['topic']}", json=name).json()["name"] == "waters"
+        assert "waters" in [topic["name"] for topic in one.get("/topics").json()["data"]]
+        one.delete(f"/memories/{first['id']}")
+        assert two.get(f"/memories/{first['id']}").status_code == 404
+    with another() as end:
+        kept = httpx.get(f"{end.url}/v1/memories").json()["data"]
+        assert kept == [second]
+        assert "waters" in [topic["name"] for topic in httpx.get(f"{end.url}/v1/topics").json()["data"]]
+
+
+# ---- topics ----------------------------------------------------------------------------------------------------------
+
+
+def test_topics_are_made_listed_renamed_and_switched_off(http: httpx.Client) -> None:
+    assert http.get("/topics").json()["data"] == []
+    (memory,) = remember(http, TEXTS[0], topic="auto")
+    (topic,) = http.get("/topics").json()["data"]
+    assert topic["id"] == memory["topic"]
+    assert topic["enabled"]
+    changed = http.post(f"/topics/{topic['id']}", json={"enabled": False, "name": "sea"}).json()
+    assert (changed["name"], changed["enabled"]) == ("sea", False)
+    assert http.get("/topics").json()["data"] == [changed]
+    assert http.post("/memories/search", json={"query": TEXTS[0]}).json()["data"] == []
+    http.post(f"/topics/{topic['id']}", json={"enabled": True})
+    assert http.post("/memories/search", json={"query": TEXTS[0]}).json()["data"]
+    assert http.post("/topics/topic-99", json={"name": "x"}).status_code == 404
+    assert http.post(f"/topics/{topic['id']}", json={}).status_code == 400
+    assert http.post(f"/topics/{topic['id']}", json={"name": "  "}).status_code == 400
+
+
+def test_a_prompt_is_read_after_its_topics_earlier_prompts(http: httpx.Client) -> None:
+    def ask(prompt: str, **hrs: object) -> dict:
+        body = {"model": "tiny", "prompt": prompt, "seed": 3, "max_tokens": 12, "hrs": hrs}
+        return http.post("/completions", json=body).json()["choices"][0]
+
+    alone = ask(TEXTS[0])
+    first = ask(TEXTS[0], topics=True)
+    assert first["text"] == alone["text"]
+    assert first["hrs"]["topic"]["created"]
+    assert first["hrs"]["topic"]["context_tokens"] == 0
+    second = ask(TEXTS[0], topics=True)
+    assert second["hrs"]["topic"]["id"] == first["hrs"]["topic"]["id"]
+    assert second["hrs"]["topic"]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert second["hrs"]["topic"]["context_tokens"] > 0
+    assert second["text"] != alone["text"]
+    http.post(f"/topics/{first['hrs']['topic']['id']}", json={"enabled": False})
+    assert ask(TEXTS[0], topics=True)["text"] == alone["text"]
+
+
+# ---- retrieval -------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_tells_what_was_looked_up(http: httpx.Client) -> None:
+    remember(http, *TEXTS, topic="a")
+    body = {"model": "tiny", "prompt": "The", "seed": 1, "max_tokens": 30}
+
+    def ask(**retrieval: object) -> dict:
+        options = {"threshold_bits": 0, "min_similarity": -1, "k": 2, **retrieval}
+        hrs = {"retrieval": options, "details": True}
+        return http.post("/completions", json=body | {"hrs": hrs}).json()["choices"][0]
+
+    plain = http.post("/completions", json=body | {"hrs": {"details": True}}).json()["choices"][0]
+    assert "retrieval" not in plain["hrs"]
+    made = ask()
+    event = made["hrs"]["retrieval"][0]
+    assert event["step"] == 9  # the window of ten tokens is full
+    assert 0 < event["entropy"] < 9
+    assert [hit["text"] in TEXTS for hit in event["hits"]] == [True, True]
+    assert event["n_tokens"] > 0
+    assert made["hrs"]["tokens"][:10] == plain["hrs"]["tokens"][:10]
+    assert made["hrs"]["tokens"][10]["log_prob"] != plain["hrs"]["tokens"][10]["log_prob"]
+    observed = ask(mode="observe")
+    assert observed["hrs"]["retrieval"][0]["hits"]
+    assert observed["text"] == plain["text"]
+    assert ask(topics=["b"])["hrs"]["retrieval"][0]["hits"] == []
+    assert ask(threshold_bits=60)["text"] == plain["text"]
+
+
+def test_a_model_of_unknown_entropy_needs_a_threshold(http: httpx.Client) -> None:
+    body = {"model": "tiny", "prompt": "The", "hrs": {"retrieval": True}}
+    refused = http.post("/completions", json=body)
+    assert refused.status_code == 400
+    assert "hrs.retrieval.threshold_bits" in refused.json()["error"]["message"]
+
+
+def test_a_stream_tells_it_where_it_happens(http: httpx.Client, tmp_path: Path) -> None:
+    remember(http, *TEXTS)
+    client = openai.OpenAI(base_url=str(http.base_url), api_key="any")
+    hrs = {"details": True, "retrieval": {"threshold_bits": 0, "min_similarity": -1}}
+    chunks = list(
+        client.completions.create(
+            model="tiny", prompt="The", seed=1, max_tokens=30, stream=True, extra_body={"hrs": hrs}
+        )
+    )
+    where = [number for number, chunk in enumerate(chunks) if "retrieval" in chunk.choices[0].hrs]
+    assert where[0] == 9
+    assert [chunks[n].choices[0].hrs["retrieval"][0]["step"] for n in where] == where
+    assert all(0 <= chunk.choices[0].hrs["tokens"][0]["entropy"] < 9 for chunk in chunks)
+    page = http.get(str(http.base_url).replace("/v1/", "/metrics")).text
+    assert f'hrs_retrieval_events_total{{replica="0"}} {len(where):.1f}' in page
+
+
+def test_retrieval_by_default_uses_the_gate_of_the_settings(another: Callable) -> None:
+    settings = {"retrieval_threshold_bits": 0.0, "retrieval_min_similarity": -1.0, "retrieval_k": 3}
+    with another(**settings) as endpoint, httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as http:
+        remember(http, *TEXTS)
+        body = {"model": "tiny", "prompt": "The", "seed": 1, "max_tokens": 30, "hrs": {"retrieval": True}}
+        events = http.post("/completions", json=body).json()["choices"][0]["hrs"]["retrieval"]
+    assert len(events[0]["hits"]) == 3
+
+
+def test_a_model_with_retrieved_engrams_attends_to_what_was_found(
+    running: Callable, small_corpus: Path, small_store: TokenStore, tmp_path: Path
+) -> None:
+    changes = {"data.tokenizer": "bpe:300", "data.corpus": f"jsonl:{small_corpus}", "model.max_seq_len": "64"}
+    config = experiment("dense_retrieved", "micro", overrides=changes)
+    torch.manual_seed(0)
+    model = build_model(config.model).eval()
+    for parameter in model.parameters():  # a new model attends to memory with a weight of zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    with (
+        running(OpenedModel(model, config, small_store.tokenizer, causal=True), tmp_path) as endpoint,
+        httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as http,
+    ):
+        remember(http, *TEXTS)
+
+        def ask(mode: str) -> dict:
+            retrieval = {"mode": mode, "k": 2, "threshold_bits": 0, "min_similarity": -1}
+            hrs = {"retrieval": retrieval, "details": True}
+            body = {"model": "tiny", "prompt": "The", "seed": 1, "max_tokens": 14, "hrs": hrs}
+            return http.post("/completions", json=body).json()["choices"][0]["hrs"]
+
+        observed, attended = ask("observe"), ask("slots")
+    assert attended["retrieval"][0]["n_slots"] == 2
+    assert attended["retrieval"][0]["n_tokens"] == 0
+    assert [t["log_prob"] for t in attended["tokens"][:10]] == [t["log_prob"] for t in observed["tokens"][:10]]
+    assert attended["tokens"][10]["entropy"] != observed["tokens"][10]["entropy"]

@@ -1,0 +1,121 @@
+"""Keys, health, draining and figures of an endpoint."""
+
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.metrics import Metrics
+
+BASE = {"model": "tiny", "prompt": "The", "max_tokens": 2}
+LONG = BASE | {"max_tokens": 2000, "temperature": 0}
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_asked_for_if_there_is_one(another, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("first-key\n\nsecond-key\n")
+    with another(api_key_file=str(tmp_path / "keys")) as endpoint:
+        for key in ("first-key", "second-key"):
+            assert endpoint.client(key).completions.create(**BASE).choices
+        for key in ("first-ke", "First-key", "first-key2", "x"):
+            with pytest.raises(openai.AuthenticationError, match="needs an API key"):
+                endpoint.client(key).models.list()
+        response = httpx.get(f"{endpoint.url}/v1/models")
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.json()["error"]["type"] == "authentication_error"
+        for header in ("Basic first-key", "first-key", "Bearer"):
+            assert httpx.get(f"{endpoint.url}/metrics", headers={"Authorization": header}).status_code == 401
+        assert httpx.get(f"{endpoint.url}/healthz").status_code == 200
+
+
+def test_a_key_may_come_from_the_environment(another, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HRS_API_KEY", "from-outside")
+    with another() as endpoint:
+        assert endpoint.client("from-outside").models.list().data
+        with pytest.raises(openai.AuthenticationError):
+            endpoint.client("other").models.list()
+
+
+# ---- operation -------------------------------------------------------------------------------------------------------
+
+
+def test_health_runs_the_model(another, opened) -> None:
+    with another() as endpoint:
+        assert httpx.get(f"{endpoint.url}/healthz").json()["status"] == "ok"
+        weight = opened.model.input_embedding.weight
+        kept = weight.detach().clone()
+        try:
+            weight.data.fill_(float("nan"))
+            response = httpx.get(f"{endpoint.url}/healthz")
+        finally:
+            weight.data.copy_(kept)
+        assert response.status_code == 503
+        assert "not finite" in response.json()["error"]["message"]
+        assert httpx.get(f"{endpoint.url}/healthz").status_code == 200
+
+
+def test_while_it_drains_new_requests_are_refused_and_running_ones_finish(another) -> None:
+    with another() as endpoint:
+        client = endpoint.client()
+        stream = client.completions.create(**LONG | {"max_tokens": 100}, stream=True)
+        next(stream)
+        endpoint.backend.draining = True
+        with pytest.raises(openai.InternalServerError, match="stopping") as refused:
+            client.completions.create(**BASE)
+        assert refused.value.status_code == 503
+        assert refused.value.response.headers["retry-after"]
+        assert httpx.get(f"{endpoint.url}/healthz").json()["status"] == "stopping"
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+
+
+def test_what_is_cut_off_is_told_so(another) -> None:
+    with another() as endpoint:
+        stream = endpoint.client().completions.create(**LONG, stream=True)
+        next(stream)
+        endpoint.backend.abort()
+        with pytest.raises(openai.APIError, match="stopped before this reply was finished"):
+            list(stream)
+
+
+def figures(url: str) -> dict[str, float]:
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_happened(another) -> None:
+    with another() as endpoint:
+        client = endpoint.client()
+        made = client.completions.create(**BASE | {"max_tokens": 5}, n=2)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(**BASE | {"model": "x"})
+        seen = figures(endpoint.url)
+        replica = ("replica", "0")
+        assert seen[f"hrs_tokens_total{[('kind', 'completion'), replica]}"] == made.usage.completion_tokens
+        assert seen[f"hrs_tokens_total{[('kind', 'prompt'), replica]}"] == 2 * made.usage.prompt_tokens
+        assert seen[f"hrs_time_to_first_token_seconds_count{[replica]}"] == 2
+        for status in ("200", "404"):
+            assert seen[f"hrs_requests_total{[replica, ('route', '/v1/completions'), ('status', status)]}"] == 1
+        assert seen[f"hrs_errors_total{[replica, ('status', '404')]}"] == 1
+        assert seen[f"hrs_slots{[replica]}"] == 8
+        assert seen[f"hrs_active_slots{[replica]}"] == seen[f"hrs_queue_length{[replica]}"] == 0
+
+
+def test_one_replica_tells_the_figures_of_all(tmp_path: Path) -> None:
+    one, two = Metrics("one"), Metrics("two")
+    one.tokens.labels("prompt").inc(3)
+    two.tokens.labels("prompt").inc(4)
+    two.publish(tmp_path)
+    page = one.page(tmp_path).decode()
+    assert page.count("# TYPE hrs_tokens_total counter") == 1
+    assert 'hrs_tokens_total{kind="prompt",replica="one"} 3.0' in page
+    assert 'hrs_tokens_total{kind="prompt",replica="two"} 4.0' in page
+    (tmp_path / "broken.json").write_text("{")
+    assert one.page(tmp_path).decode() == page
