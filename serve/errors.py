@@ -78,6 +78,10 @@ def install_handlers(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return bad_request(
+                f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+            ).response()
         # An alternative's name says nothing to a client, and neither does where it was looked for.
         where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "tagged-")))
         message = str(first["msg"]).removeprefix("Value error, ")

@@ -264,3 +264,12 @@ def test_malformed_bodies(endpoint, body: bytes) -> None:
     response = httpx.post(f"{endpoint.url}/v1/completions", content=body, headers=headers)
     assert response.status_code == 400, response.text
     assert refusal(response)
+
+
+def test_what_is_not_json_is_called_so(endpoint) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{endpoint.url}/v1/completions", content=b'{"model": "tiny", }', headers=headers)
+    error = refusal(response)
+    assert error["message"].startswith("the body is not JSON: ")
+    assert error["message"].endswith(" at character 18")
+    assert error["param"] is None
