@@ -10,10 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hrs.errors import HRSError
-from hrs.report.statistics import Scores, bootstrap
-from hrs.report.table import ABSENT, WIDTH, with_bounds
+from hrs.report.statistics import Estimate, Scores, bootstrap
+from hrs.report.table import ABSENT, WIDTH, fixed, with_bounds
 
-_HEADS = ("configuration", "seeds", "reads", "bits/byte [95%]", "minus its own right", "minus no memory", "causal")
+_HEADS = ("configuration", "seeds", "reads", "bits/byte", "minus its own right", "minus no memory", "causal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,19 +55,29 @@ def retrieval_table(readings: Sequence[Reading], control: str, leaves_out: NDArr
             else with_bounds(gap, sign="+", mark="*" if gap.excludes_zero else " ")
             for b in (own[i], against)
         ]
-        row = (reading.preset, str(len(reading.documents)), reading.shown or ABSENT, with_bounds(plain[i].score), *gaps)
+        row = (
+            reading.preset,
+            str(len(reading.documents)),
+            reading.shown or ABSENT,
+            fixed(plain[i].score.value, 4),
+            *gaps,
+        )
         body.append((*row, "yes" if reading.causal else "NO"))
     widths = [max(map(len, column)) for column in zip(_HEADS, *body, strict=True)]
+    space = "  " if sum(widths) + 2 * len(widths) - 2 <= WIDTH else " "
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        space.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
         for cells in (_HEADS, *body)
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_notes(readings, control, counted)]) + "\n"
+    return (
+        "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_notes(readings, control, counted, plain[0])]) + "\n"
+    )
 
 
-def _notes(readings: Sequence[Reading], control: str, counted: NDArray[np.bool_]) -> list[str]:
+def _notes(readings: Sequence[Reading], control: str, counted: NDArray[np.bool_], plain: Estimate) -> list[str]:
     note = (
-        f"{int(counted.sum())} of {len(counted)} documents of the validation split. minus its own right: what the same "
+        f"{int(counted.sum())} of {len(counted)} documents of the validation split; without pairing, bits/byte of "
+        f"{readings[0].preset} has a 95% interval of {with_bounds(plain.score)}. minus its own right: what the same "
         "weights lose when every window is given another window's memory (shuffled) or nothing (none); above 0 the "
         f"right memory helps. minus no memory: against {control}, which trained as many steps from the same weights. "
         "Differences are paired; * the interval excludes 0."

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from hrs.files import built_once
 from hrs.identity import code_fingerprint
 from hrs.models import LanguageModel
 from hrs.retrieval.chunks import Chunks, cut, encode_chunks
+from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.keys import engram_similarities, nearest, word_similarities
 from hrs.training import load_model
 
@@ -44,13 +44,8 @@ _log = logging.getLogger(__name__)
 
 def weights_fingerprint(model: LanguageModel) -> str:
     """16 hex digits of a base's weights, and of the code that makes memories with them."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     code = code_fingerprint(Path(__file__).with_name(name) for name in ("bank.py", "chunks.py", "keys.py"))
-    digest.update(code.encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("\n".join((model_fingerprint(model), code)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
