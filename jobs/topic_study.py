@@ -34,9 +34,9 @@ from hrs.evaluation.topic_pieces import (
     Pieces,
     Scale,
     article_pieces,
-    engram_sources,
     piece_engrams,
     sentence_pieces,
+    sources_and_chance,
 )
 from hrs.export import load
 from hrs.models import LanguageModel
@@ -96,7 +96,7 @@ def measure(path: Path, storage: Storage, n_seeds: int, draws: int) -> TopicStud
     model, config = load(path)
     model.to(Runtime().torch_device())
     store = open_tokens(config.data, storage.tokens)
-    sources = engram_sources(model, config)
+    sources = sources_and_chance(model, config)
     pairs: dict[Scale, dict[str, PairScores]] = {}
     means: dict[Scale, Any] = {}
     for scale in SCALES:

@@ -6,9 +6,6 @@ a table of documents; beside them ``tokenizer.json`` and ``store.json``, which l
 
 import hashlib
 import json
-import logging
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,8 @@ from hrs.data.corpora import load_corpus
 from hrs.data.documents import SPLITS, Corpus, SplitName
 from hrs.data.tokenization import end_of_text_id, load_tokenizer, token_bytes
 from hrs.errors import HRSError
-from hrs.files import built_once
+from hrs.files import built_once, whole_folder
 from hrs.identity import code_fingerprint
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -122,17 +117,8 @@ def open_tokens(data: DataConfig, root: Path) -> TokenStore:
 
 
 def _build(corpus: Corpus, tokenizer: str, folder: Path) -> TokenStore:
-    """Write the store beside its place and rename it: a folder of that name is always whole."""
-    if folder.exists():
-        _log.warning("token store %s is damaged and is built again", folder)
-        shutil.rmtree(folder)
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed builder: the lock says that none is alive
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        building = Path(scratch, "store")
-        building.mkdir()
+    with whole_folder(folder, "token store") as building:
         write_store(corpus, tokenizer, building)
-        building.rename(folder)
     store = _open(folder)
     if store is None:
         raise HRSError(f"token store {folder} was damaged while it was written: check the disk and try again")

@@ -75,6 +75,8 @@ class Separation:
     of two models over the same segments are paired."""
 
 
+EngramSource = Callable[[Segments], Floats]
+"""Segments [N, L] to engrams [N, d]."""
 Separations = dict[Task, dict[Source, Separation]]
 
 
@@ -231,6 +233,19 @@ def _best_threshold(cosine: Floats, same: NDArray[np.bool_]) -> float:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
+def engram_sources(trained: LanguageModel, config: ExperimentConfig) -> dict[Source, EngramSource]:
+    """The trained model and what it has to beat; the experiment's seed gives the model before its first step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        untrained = build_model(config.model).to(next(trained.parameters()).device)
+    return {
+        "trained": lambda cut: hidden_engrams(trained, cut),
+        "untrained": lambda cut: hidden_engrams(untrained, cut),
+        "embeddings": lambda cut: embedding_engrams(trained, cut),
+        "tokens": lambda cut: token_counts(cut, trained.vocab_size),
+    }
+
+
 def measure_separation(
     trained: LanguageModel, config: ExperimentConfig, store: TokenStore, split: str = "validation"
 ) -> Separations:
@@ -243,16 +258,7 @@ def measure_separation(
         HRSError: if the split has too few documents that are long enough.
     """
     segments = segments_of(store.split(split), segment_length(trained.max_seq_len))
-    device = next(trained.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        untrained = build_model(config.model).to(device)
-    engrams: dict[Source, Floats] = {
-        "trained": hidden_engrams(trained, segments),
-        "untrained": hidden_engrams(untrained, segments),
-        "embeddings": embedding_engrams(trained, segments),
-        "tokens": token_counts(segments, trained.vocab_size),
-    }
+    engrams = {source: engrams_of(segments) for source, engrams_of in engram_sources(trained, config).items()}
     found: Separations = {}
     for task in TASKS:
         scores = {source: separate(e, segments, task) for source, e in engrams.items()}

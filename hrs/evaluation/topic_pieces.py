@@ -1,12 +1,10 @@
 """Pieces of articles at two scales, segments and sentences, and every way to make engrams of them."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from hrs.config import ExperimentConfig
@@ -14,16 +12,15 @@ from hrs.data.store import TokenSplit
 from hrs.errors import HRSError
 from hrs.evaluation.separation import (
     LARGEST_DOCUMENTS,
+    EngramSource,
     Floats,
     Integers,
     Segments,
-    embedding_engrams,
-    hidden_engrams,
+    engram_sources,
     segment_length,
     segments_of,
-    token_counts,
 )
-from hrs.models import LanguageModel, build_model
+from hrs.models import LanguageModel
 
 Scale = Literal["article", "sentence"]
 """Segments of half the model's context, or single sentences."""
@@ -31,9 +28,6 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 SENTENCES_PER_DOCUMENT = 5
 SENTENCE_WORDS = (8, 40)
 _FEWEST_DOCUMENTS = 4
-
-EngramSource = Callable[[Segments], Floats]
-"""Segments [N, L] to engrams [N, d]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,17 +103,9 @@ def piece_engrams(source: EngramSource, pieces: Pieces) -> Floats:
     return np.stack(engrams)
 
 
-def engram_sources(trained: LanguageModel, config: ExperimentConfig) -> dict[str, EngramSource]:
-    """The trained model and what it has to beat: itself before its first step, its embeddings, counts of token ids, and
-    vectors drawn at random, from which nothing can be told."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        untrained = build_model(config.model).to(next(trained.parameters()).device)
+def sources_and_chance(trained: LanguageModel, config: ExperimentConfig) -> dict[str, EngramSource]:
+    """Those of :func:`hrs.evaluation.separation.engram_sources`, and vectors drawn at random, from which nothing can be
+    told."""
     rng = np.random.default_rng(config.seed)
-    return {
-        "trained": lambda cut: hidden_engrams(trained, cut),
-        "untrained": lambda cut: hidden_engrams(untrained, cut),
-        "embeddings": lambda cut: embedding_engrams(trained, cut),
-        "tokens": lambda cut: token_counts(cut, trained.vocab_size),
-        "random": lambda cut: rng.normal(size=(len(cut.tokens), trained.d_model)),
-    }
+    sources = {str(name): make for name, make in engram_sources(trained, config).items()}
+    return sources | {"random": lambda cut: rng.normal(size=(len(cut.tokens), trained.d_model))}

@@ -13,9 +13,6 @@ document that the window touches. What a neighbour gives are its own slots and t
 import dataclasses
 import hashlib
 import json
-import logging
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +25,7 @@ from hrs.config import ExperimentConfig, RetrievalConfig, canonical_json
 from hrs.data import TokenStore
 from hrs.data.documents import SPLITS
 from hrs.errors import HRSError
-from hrs.files import built_once
+from hrs.files import built_once, whole_folder
 from hrs.identity import code_fingerprint
 from hrs.models import LanguageModel
 from hrs.retrieval.chunks import Chunks, cut, encode_chunks
@@ -38,8 +35,6 @@ from hrs.training import load_model
 
 SPARE = 4
 """Neighbours that are known beyond those that are read: a window may lie in documents that some of them come from."""
-
-_log = logging.getLogger(__name__)
 
 
 def weights_fingerprint(model: LanguageModel) -> str:
@@ -162,15 +157,8 @@ def open_bank(config: ExperimentConfig, store: TokenStore, base_directory: Path,
 
 
 def _build(base: LanguageModel, store: TokenStore, config: RetrievalConfig, per_chunk: int, folder: Path) -> None:
-    """Encode all splits, search, and write the files beside their place before they are renamed into it."""
-    if folder.exists():
-        _log.warning("memory bank %s is damaged and is built again", folder)
-        shutil.rmtree(folder)
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed builder: the lock says that none is alive
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        building = Path(scratch, "bank")
-        building.mkdir()
+    """Encode all splits, search, and write the files."""
+    with whole_folder(folder, "memory bank") as building:
         keys: dict[str, NDArray[np.float32]] = {}
         chunks: dict[str, Chunks] = {name: cut(store.split(name), config.chunk_tokens) for name in SPLITS}
         if not len(chunks["train"]):
@@ -190,7 +178,6 @@ def _build(base: LanguageModel, store: TokenStore, config: RetrievalConfig, per_
             np.save(building / f"{name}.found.npy", found)
         sizes = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
         (building / "bank.json").write_text(json.dumps({"files": sizes}), encoding="utf-8")
-        building.rename(folder)
 
 
 def _encode(

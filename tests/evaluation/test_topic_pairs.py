@@ -27,10 +27,10 @@ from hrs.evaluation.topic_pairs import (
 from hrs.evaluation.topic_pieces import (
     Pieces,
     article_pieces,
-    engram_sources,
     piece_engrams,
     sentence_pieces,
     sentences_of,
+    sources_and_chance,
 )
 from hrs.models import build_model
 from hrs.presets import experiment
@@ -265,7 +265,7 @@ def test_the_sources_are_the_model_and_what_it_has_to_beat() -> None:
     fresh = build_model(config.model).eval()
     with torch.no_grad():
         trained = build_model(config.model).eval()
-    sources = engram_sources(trained, config)
+    sources = sources_and_chance(trained, config)
     assert list(sources) == ["trained", "untrained", "embeddings", "tokens", "random"]
     cut = Segments(
         tokens=np.random.default_rng(0).integers(300, size=(3, 9)), documents=np.arange(3), topics=np.arange(3)
