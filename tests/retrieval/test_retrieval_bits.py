@@ -15,11 +15,11 @@ from memory_models import CONTEXT, filled_store, small_model
 from hrs.data import TokenStore
 from hrs.data.store import TokenSplit
 from hrs.errors import HRSError
-from hrs.generation import Sampling, window_length
+from hrs.generation import SampledToken, Sampling, window_length
 from hrs.retrieval.bits import RetrievalReport, measure_retrieval, retrieval_bits
 from hrs.retrieval.engine import RetrievalEngine
 from hrs.retrieval.entropy import GateSettings
-from hrs.retrieval.retriever import RetrievalOptions, Retriever
+from hrs.retrieval.retriever import RetrievalEvent, RetrievalOptions, Retriever
 from hrs.retrieval.store import Hit
 from hrs.retrieval.walk import Walk
 
@@ -56,6 +56,23 @@ def first_documents(data: TokenStore, n: int, n_tokens: int = 60) -> TokenSplit:
 # ---- the walk --------------------------------------------------------------------------------------------------------
 
 
+def generated_and_walked(
+    engine: RetrievalEngine, reads: Retriever, options: RetrievalOptions, n: int
+) -> tuple[int, list[tuple[SampledToken, RetrievalEvent | None]], Walk]:
+    """A reply of ``n`` tokens, what the engine told of it, and a walk over the same text."""
+    number = engine.add([7], Sampling(max_new_tokens=n, seed=3), options)
+    told = []
+    while engine.n_active:
+        told += engine.step()
+
+    def find(own: Sequence[int]) -> tuple[Hit, ...]:
+        return reads.find(reads.queries([reads.segment(own)])[0], options)
+
+    walk = Walk(reads, engine.text(number), options, find, None)
+    walk.run()
+    return number, told, walk
+
+
 @pytest.mark.parametrize(
     ("mode", "hold"),
     [("observe", 5), ("slots", 5), ("slots", 23), ("text", 5), ("text", 23), ("both", 8), ("both", 23)],
@@ -66,18 +83,7 @@ def test_a_walk_over_generated_text_has_the_chances_it_was_generated_with(
     """Same losses, same firings, same share under injection, over three windows and with overlapping retrievals."""
     options = dataclasses.replace(ANYTHING, mode=mode, hold=hold)  # type: ignore[arg-type]
     engine = RetrievalEngine(reads.model, reads.tokenizer, reads.store)
-    number = engine.add([7], Sampling(max_new_tokens=70, seed=3), options)
-    told = []
-    while engine.n_active:
-        told += engine.step()
-    walk = Walk(
-        reads,
-        engine.text(number),
-        options,
-        lambda own: reads.find(reads.queries([reads.segment(own)])[0], options),
-        None,
-    )
-    walk.run()
+    number, told, walk = generated_and_walked(engine, reads, options, 70)
     assert walk.nats == pytest.approx([-token.log_prob for token, _ in told], abs=1e-9)
     # The token that ends a reply sets off nothing, and a walk knows no end.
     assert [place - 1 for place in walk.fired if place < 70] == [event.step for _, event in told if event is not None]
@@ -92,18 +98,7 @@ def test_history_is_read_where_a_window_begins(small_store: TokenStore, tmp_path
     retriever = retriever_of("recurrence", small_store, tmp_path, **windows)
     assert retriever.model.history_tokens
     engine = RetrievalEngine(retriever.model, small_store.tokenizer, retriever.store)
-    number = engine.add([7], Sampling(max_new_tokens=50, seed=3), ANYTHING)
-    told = []
-    while engine.n_active:
-        told += engine.step()
-    walk = Walk(
-        retriever,
-        engine.text(number),
-        ANYTHING,
-        lambda own: retriever.find(retriever.queries([retriever.segment(own)])[0], ANYTHING),
-        None,
-    )
-    walk.run()
+    _, told, walk = generated_and_walked(engine, retriever, ANYTHING, 50)
     assert walk.nats == pytest.approx([-token.log_prob for token, _ in told], abs=1e-9)
 
 
