@@ -61,7 +61,7 @@ class Cache:
     """[B, S, d], the present :attr:`WindowContext.memory`; may be replaced between calls."""
 
 
-class SlotCache(Cache):
+class SlotCache(Cache, ABC):
     """State of incremental decoding of sequences of different lengths, one in each slot.
 
     Slots 0 .. n - 1 are in use, and each call of :meth:`LanguageModel.decode` adds one token [n, 1] to every one.
@@ -70,17 +70,17 @@ class SlotCache(Cache):
     lengths: list[int]
     """Tokens in each slot in use."""
 
+    @abstractmethod
     def join(self, cache: Cache) -> None:
         """Copy the one sequence of a cache of ``new_cache(1)`` that has read at least one token into slot n."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave(self, slot: int) -> None:
         """Empty a slot; the last one in use moves into it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_memory(self, slot: int, memory: Tensor | None) -> None:
         """What one slot reads as :attr:`Cache.memory` from its next token on, [S, d]."""
-        raise NotImplementedError
 
 
 class LanguageModel(nn.Module, ABC):
