@@ -28,9 +28,9 @@ from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.export import open_model
 from hrs.retrieval.engrams import model_fingerprint
-from hrs.retrieval.needle import NeedlePlan
-from hrs.retrieval.needle_report import HEAT_MAP, draw_heat_map, format_tables, page
-from hrs.retrieval.needle_result import NeedleResult, measure_needles, measurement_key
+from hrs.retrieval.needle.plan import NeedlePlan
+from hrs.retrieval.needle.report import HEAT_MAP, draw_heat_map, format_tables, page
+from hrs.retrieval.needle.result import NeedleResult, measure_needles, measurement_key
 from hrs.retrieval.segments import default_cut
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker, resolve_model

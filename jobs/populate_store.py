@@ -27,8 +27,7 @@ from hrs.export import open_model
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.populate import QUANTILES, Filled, Population, populate
 from hrs.retrieval.segments import Condition, default_cut
-from hrs.retrieval.store import EngramStore
-from hrs.retrieval.transform import Normalisation
+from hrs.retrieval.store import EngramStore, Normalisation
 from hrs.storage import Storage, open_storage
 from hrs.tracking import resolve_model
 from hrs.training import Runtime

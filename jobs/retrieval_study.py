@@ -33,7 +33,7 @@ from hrs.evaluation import AuditReport, Evaluation, evaluate
 from hrs.models.geometry import TokenGeometry
 from hrs.report.retrieval_table import Reading, retrieval_table
 from hrs.retrieval.bank import MemoryBank, open_bank, weights_fingerprint
-from hrs.retrieval.overlap import documents_that_share
+from hrs.retrieval.bank.overlap import documents_that_share
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.training import Progress, Runtime, load_model, train

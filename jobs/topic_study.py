@@ -42,8 +42,8 @@ from hrs.export import load
 from hrs.models import LanguageModel
 from hrs.report.statistics import Interval
 from hrs.report.table import with_bounds
-from hrs.retrieval.stress import stress_suite
-from hrs.retrieval.stress_result import Embed, StressResult, Thresholds, random_embed
+from hrs.retrieval.topics.stress import stress_suite
+from hrs.retrieval.topics.stress_result import Embed, StressResult, Thresholds, random_embed
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.training import Runtime

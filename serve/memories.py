@@ -14,8 +14,7 @@ from hrs.errors import HRSError
 from hrs.models import LanguageModel
 from hrs.retrieval.engrams import engrams, model_fingerprint
 from hrs.retrieval.store import EngramStore, Memory, NewMemory
-from hrs.retrieval.topic_records import Assignment, TopicInfo
-from hrs.retrieval.topics import TopicContexts
+from hrs.retrieval.topics import Assignment, TopicContexts, TopicInfo
 from serve.errors import ApiError
 from serve.reading import mean_entropy
 from serve.schemas import MemoryRequest, SearchRequest, TopicChange

@@ -8,8 +8,7 @@ from typing import TypeVar
 import filelock
 
 from hrs.files import sync
-from hrs.retrieval.topic_records import TopicInfo
-from hrs.retrieval.topics import TopicContexts
+from hrs.retrieval.topics import TopicContexts, TopicInfo
 
 T = TypeVar("T")
 

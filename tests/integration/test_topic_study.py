@@ -14,8 +14,8 @@ from hrs.cluster.preflight import ROOT
 from hrs.cluster.study import Study
 from hrs.errors import HRSError
 from hrs.evaluation.topic_pairs import Bounds, PairScores
-from hrs.retrieval.stress_result import StressResult
-from hrs.retrieval.stress_texts import TOPICS
+from hrs.retrieval.topics.stress_result import StressResult
+from hrs.retrieval.topics.stress_texts import TOPICS
 from hrs.storage import Storage
 from hrs.tracking import Tracker
 from hrs.training import Runtime

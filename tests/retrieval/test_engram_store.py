@@ -26,9 +26,7 @@ from numpy.typing import NDArray
 from sklearn.covariance import ledoit_wolf
 
 from hrs.errors import HRSError
-from hrs.retrieval import records, rewrite
-from hrs.retrieval.store import EngramStore, Hit, Memory, NewMemory
-from hrs.retrieval.transform import fit_transform
+from hrs.retrieval.store import EngramStore, Hit, Memory, NewMemory, fit_transform, records, rewrite
 
 WIDTH = 4
 Keys = NDArray[np.float32]

@@ -19,9 +19,9 @@ from hrs.data.windows import evaluation_windows
 from hrs.errors import HRSError
 from hrs.presets import experiment
 from hrs.retrieval.bank import SPARE, MemoryBank, open_bank, weights_fingerprint
-from hrs.retrieval.chunks import Chunks, cut
-from hrs.retrieval.keys import engram_similarities, nearest, word_similarities
-from hrs.retrieval.overlap import documents_that_share
+from hrs.retrieval.bank.chunks import Chunks, cut
+from hrs.retrieval.bank.keys import engram_similarities, nearest, word_similarities
+from hrs.retrieval.bank.overlap import documents_that_share
 from hrs.training import Runtime, load_model, train
 
 T, C, D, K, S = 32, 8, 16, 3, 18

@@ -20,7 +20,8 @@ from hrs.models import LanguageModel, build_model
 from hrs.models.base import WindowContext
 from hrs.presets import experiment
 from hrs.retrieval.engrams import engrams, model_fingerprint
-from hrs.retrieval.needle import (
+from hrs.retrieval.needle.answers import Reading, answer, contains_answer, continuations, log_probs, readings
+from hrs.retrieval.needle.plan import (
     TEMPLATES,
     Field,
     Needle,
@@ -28,10 +29,9 @@ from hrs.retrieval.needle import (
     draw_alternatives,
     draw_needle,
 )
-from hrs.retrieval.needle_answers import Reading, answer, contains_answer, continuations, log_probs, readings
-from hrs.retrieval.needle_ranks import RANKERS, inverse_frequencies, rank_of, rank_trials, word_cosines, words
-from hrs.retrieval.needle_report import draw_heat_map, format_tables, page
-from hrs.retrieval.needle_result import NeedleResult, mean_interval, measure_needles, measurement_key, wilson
+from hrs.retrieval.needle.ranks import RANKERS, inverse_frequencies, rank_of, rank_trials, word_cosines, words
+from hrs.retrieval.needle.report import draw_heat_map, format_tables, page
+from hrs.retrieval.needle.result import NeedleResult, mean_interval, measure_needles, measurement_key, wilson
 from hrs.retrieval.segments import Cut, read_segments
 from hrs.retrieval.store import EngramStore, NewMemory
 

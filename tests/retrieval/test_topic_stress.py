@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hrs.retrieval import stress
-from hrs.retrieval.stress_result import StressResult, Thresholds, pair_rates, purity, random_embed, summary
-from hrs.retrieval.stress_texts import PIECE_WORDS, STORIES, TOPICS, text_about
+from hrs.retrieval.topics import stress
+from hrs.retrieval.topics.stress_result import StressResult, Thresholds, pair_rates, purity, random_embed, summary
+from hrs.retrieval.topics.stress_texts import PIECE_WORDS, STORIES, TOPICS, text_about
 
 Floats = NDArray[np.float64]
 

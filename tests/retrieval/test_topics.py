@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hrs.errors import HRSError
-from hrs.retrieval.titles import content_words, title_of
-from hrs.retrieval.topic_records import shares
-from hrs.retrieval.topics import TopicContexts
+from hrs.retrieval.topics import TopicContexts, shares
+from hrs.retrieval.topics.titles import content_words, title_of
 
 Floats = NDArray[np.float64]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrs.retrieval.parts import Integers, Mask, Rows, Vectors
-from hrs.retrieval.transform import Floats, Transform
+from hrs.retrieval.store.parts import Integers, Mask, Rows, Vectors
+from hrs.retrieval.store.transform import Floats, Transform
 
 _SCORES_AT_ONCE = 2**22
 _FIRST_ROWS = 4096

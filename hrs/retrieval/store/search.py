@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrs.errors import HRSError
-from hrs.retrieval.exact import Shortlist, similarities
-from hrs.retrieval.parts import Mask, Memory, Rows, Vectors
-from hrs.retrieval.view import Snapshot
+from hrs.retrieval.store.exact import Shortlist, similarities
+from hrs.retrieval.store.parts import Mask, Memory, Rows, Vectors
+from hrs.retrieval.store.view import Snapshot
 
 Propose = Callable[[Sequence[Rows], Shortlist, Vectors, Sequence[Mask | None]], int]
 """Fills a shortlist for queries [Q, d] from the first parts, given which rows count; returns how many parts it did."""

@@ -20,8 +20,8 @@ from hrs.errors import HRSError
 from hrs.generation.batching import ContinuousBatch
 from hrs.generation.sampling import Sampling
 from hrs.models.base import LanguageModel, WindowContext
-from hrs.retrieval.needle import Field, Needle, NeedlePlan, Trial, draw_alternatives
-from hrs.retrieval.needle_ranks import Found, words
+from hrs.retrieval.needle.plan import Field, Needle, NeedlePlan, Trial, draw_alternatives
+from hrs.retrieval.needle.ranks import Found, words
 
 Way = Literal[
     "none", "text, right", "text, shuffled", "text, retrieved", "slots, right", "slots, shuffled", "slots, retrieved"

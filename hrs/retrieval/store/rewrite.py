@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from hrs.errors import HRSError
 from hrs.files import sync
-from hrs.retrieval.layout import (
+from hrs.retrieval.store.layout import (
     MANIFEST,
     Manifest,
     StoredFile,
@@ -24,10 +24,10 @@ from hrs.retrieval.layout import (
     write_manifest,
     write_transform,
 )
-from hrs.retrieval.log import NUMBERS, Frame, Kind, append
-from hrs.retrieval.parts import Integers, Segment
-from hrs.retrieval.transform import Transform
-from hrs.retrieval.view import StoreView
+from hrs.retrieval.store.log import NUMBERS, Frame, Kind, append
+from hrs.retrieval.store.parts import Integers, Segment
+from hrs.retrieval.store.transform import Transform
+from hrs.retrieval.store.view import StoreView
 
 LARGEST_SEGMENT = 65536
 """Rows."""

@@ -1,9 +1,9 @@
-"""What a topic is and what is told of it: plain records, which :mod:`hrs.retrieval.topics` keeps and hands out."""
+"""What a topic is and what is told of it: plain records, which :mod:`.contexts` keeps and hands out."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from hrs.retrieval.titles import content_words, title_of
+from hrs.retrieval.topics.titles import content_words, title_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

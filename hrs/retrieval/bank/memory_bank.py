@@ -28,9 +28,9 @@ from hrs.errors import HRSError
 from hrs.files import built_once, whole_folder
 from hrs.identity import code_fingerprint
 from hrs.models import LanguageModel
-from hrs.retrieval.chunks import Chunks, cut, encode_chunks
+from hrs.retrieval.bank.chunks import Chunks, cut, encode_chunks
+from hrs.retrieval.bank.keys import engram_similarities, nearest, word_similarities
 from hrs.retrieval.engrams import model_fingerprint
-from hrs.retrieval.keys import engram_similarities, nearest, word_similarities
 from hrs.training import load_model
 
 SPARE = 4
@@ -39,7 +39,7 @@ SPARE = 4
 
 def weights_fingerprint(model: LanguageModel) -> str:
     """16 hex digits of a base's weights, and of the code that makes memories with them."""
-    code = code_fingerprint(Path(__file__).with_name(name) for name in ("bank.py", "chunks.py", "keys.py"))
+    code = code_fingerprint(Path(__file__).with_name(name) for name in ("memory_bank.py", "chunks.py", "keys.py"))
     return hashlib.sha256("\n".join((model_fingerprint(model), code)).encode()).hexdigest()[:16]
 
 

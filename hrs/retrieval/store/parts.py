@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hrs.retrieval.layout import StoredFile, row_schema, vectors_of
+from hrs.retrieval.store.layout import StoredFile, row_schema, vectors_of
 
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]

@@ -9,7 +9,7 @@ from scipy import sparse
 from torch import Tensor
 
 from hrs.data import TokenStore
-from hrs.retrieval.chunks import Chunks
+from hrs.retrieval.bank.chunks import Chunks
 
 Similarity = Callable[[slice], Tensor]
 """From some of the queries to their cosines with all keys, [q, n]."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from hrs.errors import HRSError
-from hrs.retrieval.exact import Shortlist
-from hrs.retrieval.parts import Mask, Rows, Vectors
-from hrs.retrieval.transform import Transform
+from hrs.retrieval.store.exact import Shortlist
+from hrs.retrieval.store.parts import Mask, Rows, Vectors
+from hrs.retrieval.store.transform import Transform
 
 _TRAINING_ROWS_PER_LIST = 64
 _SHARE_PROBED = 4

@@ -9,10 +9,10 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from hrs.errors import HRSError
-from hrs.retrieval.layout import row_schema, vector_column
-from hrs.retrieval.parts import NewMemory, Vectors
-from hrs.retrieval.rewrite import LARGEST_SEGMENT, with_units
-from hrs.retrieval.transform import Transform
+from hrs.retrieval.store.layout import row_schema, vector_column
+from hrs.retrieval.store.parts import NewMemory, Vectors
+from hrs.retrieval.store.rewrite import LARGEST_SEGMENT, with_units
+from hrs.retrieval.store.transform import Transform
 
 
 def as_vectors(given: ArrayLike, width: int, what: str) -> Vectors:

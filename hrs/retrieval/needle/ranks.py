@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from hrs.models.base import LanguageModel
 from hrs.retrieval.engrams import engrams
-from hrs.retrieval.needle import Field, NeedlePlan, Trial
+from hrs.retrieval.needle.plan import Field, NeedlePlan, Trial
 from hrs.retrieval.segments import Segment, read_segments
-from hrs.retrieval.transform import Normalisation, Transform, fit_transform
+from hrs.retrieval.store import Normalisation, Transform, fit_transform
 
 Ranker = Literal["engram", "engram, centred", "engram, whitened", "another question", "word counts", "tf-idf"]
 RANKERS: tuple[Ranker, ...] = (

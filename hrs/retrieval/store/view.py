@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrs.errors import HRSError
-from hrs.retrieval.layout import (
+from hrs.retrieval.store.layout import (
     MANIFEST,
     Manifest,
     StoredFile,
@@ -16,9 +16,9 @@ from hrs.retrieval.layout import (
     read_transform,
     row_schema,
 )
-from hrs.retrieval.log import Frame, Kind, read
-from hrs.retrieval.parts import Integers, Names, Part, Rows, Segment, Tail
-from hrs.retrieval.transform import Transform
+from hrs.retrieval.store.log import Frame, Kind, read
+from hrs.retrieval.store.parts import Integers, Names, Part, Rows, Segment, Tail
+from hrs.retrieval.store.transform import Transform
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from hrs.retrieval.layout import damaged
+from hrs.retrieval.store.layout import damaged
 
 _MAGIC = b"\x89ENG"
 _HEADER = struct.Struct("<4sIQII")

@@ -2,8 +2,8 @@
 
 A needle is a sentence about an invented name with a drawn number or name for a value. It is planted at a depth of a
 haystack of articles, which is then cut into segments as any text for a store. Further segments of other articles, every
-second with another needle in it, are the distractors. :mod:`hrs.retrieval.needle_ranks` seeks the needle's segment by
-the question, :mod:`hrs.retrieval.needle_answers` asks the model for the answer.
+second with another needle in it, are the distractors. :mod:`hrs.retrieval.needle.ranks` seeks the needle's segment by
+the question, :mod:`hrs.retrieval.needle.answers` asks the model for the answer.
 """
 
 from collections.abc import Sequence

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from hrs.report.plot_style import BLUE, DPI, GREY, INK
 from hrs.report.statistics import Interval
-from hrs.retrieval.needle_ranks import RANKERS
-from hrs.retrieval.needle_result import NeedleResult
+from hrs.retrieval.needle.ranks import RANKERS
+from hrs.retrieval.needle.result import NeedleResult
 
 HEAT_MAP = "needle.png"
 CUTOFFS = (1, 5)

@@ -15,9 +15,9 @@ from hrs.data.store import TokenStore
 from hrs.identity import code_fingerprint, code_version
 from hrs.models.base import LanguageModel
 from hrs.report.statistics import Interval
-from hrs.retrieval.needle import Field, NeedlePlan
-from hrs.retrieval.needle_answers import Answer, Way, answer, readings
-from hrs.retrieval.needle_ranks import RANKERS, Ranker, rank_trials
+from hrs.retrieval.needle.answers import Answer, Way, answer, readings
+from hrs.retrieval.needle.plan import Field, NeedlePlan
+from hrs.retrieval.needle.ranks import RANKERS, Ranker, rank_trials
 
 RESAMPLES = 2000
 EXAMPLES = 3
@@ -147,7 +147,7 @@ def measure_needles(model: LanguageModel, tokens: TokenStore, plan: NeedlePlan) 
 
 def measurement_key(plan: NeedlePlan, model: str, data: str) -> str:
     """16 hex digits of all that a result follows from: the plan, the fingerprints of model and data, and the code."""
-    code = code_fingerprint(Path(__file__).parent.glob("*.py"))
+    code = code_fingerprint(Path(__file__).parents[1].rglob("*.py"))
     content = json.dumps([dataclasses.asdict(plan), model, data, code, code_version()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -3,7 +3,7 @@
 manifest.json         names every other file that counts; replaced as a whole, so that it is the old one or the new one
 segment-G-I.arrow     memories and keys that no longer change: Arrow IPC files of one record batch, oldest rows first
 transform-G.arrow     mean and matrix of a fitted transform
-log-G.bin             what was added and deleted since the segments were made (:mod:`hrs.retrieval.log`)
+log-G.bin             what was added and deleted since the segments were made (:mod:`hrs.retrieval.store.log`)
 store.lock            held by whoever writes
 
 G is the manifest's generation, one more with every rewrite.
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from hrs.errors import HRSError
 from hrs.files import sync
-from hrs.retrieval.transform import Normalisation, Transform
+from hrs.retrieval.store.transform import Normalisation, Transform
 
 FORMAT = 1
 MANIFEST = "manifest.json"

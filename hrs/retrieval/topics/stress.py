@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hrs.retrieval.stress_result import (
+from hrs.retrieval.topics.contexts import TopicContexts
+from hrs.retrieval.topics.stress_result import (
     Embed,
     StressResult,
     Thresholds,
@@ -21,8 +22,7 @@ from hrs.retrieval.stress_result import (
     route,
     summary,
 )
-from hrs.retrieval.stress_texts import STORIES, TOPICS, text_about
-from hrs.retrieval.topics import TopicContexts
+from hrs.retrieval.topics.stress_texts import STORIES, TOPICS, text_about
 
 PROMPT_WORDS = 30
 OVERLAP_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)

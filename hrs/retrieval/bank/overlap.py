@@ -5,7 +5,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from hrs.data.windows import evaluation_windows
-from hrs.retrieval.bank import MemoryBank
+from hrs.retrieval.bank.memory_bank import MemoryBank
 
 
 def documents_that_share(bank: MemoryBank, split: str, stride: int, n_tokens: int) -> NDArray[np.bool_]:

@@ -20,16 +20,16 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from hrs.errors import HRSError
-from hrs.retrieval.exact import Shortlist
-from hrs.retrieval.inverted import InvertedLists, import_faiss
-from hrs.retrieval.layout import MANIFEST, Manifest, locked, vectors_of
-from hrs.retrieval.log import NUMBERS, Frame, Kind, append
-from hrs.retrieval.parts import Integers, Mask, Memory, NewMemory, Rows, Vectors
-from hrs.retrieval.records import as_batches, as_id, as_vectors, number_of
-from hrs.retrieval.rewrite import create_store, rewrite
-from hrs.retrieval.search import Filter, Hit, nearest
-from hrs.retrieval.transform import Normalisation, fit_transform
-from hrs.retrieval.view import Snapshot, StoreView
+from hrs.retrieval.store.exact import Shortlist
+from hrs.retrieval.store.inverted import InvertedLists, import_faiss
+from hrs.retrieval.store.layout import MANIFEST, Manifest, locked, vectors_of
+from hrs.retrieval.store.log import NUMBERS, Frame, Kind, append
+from hrs.retrieval.store.parts import Integers, Mask, Memory, NewMemory, Rows, Vectors
+from hrs.retrieval.store.records import as_batches, as_id, as_vectors, number_of
+from hrs.retrieval.store.rewrite import create_store, rewrite
+from hrs.retrieval.store.search import Filter, Hit, nearest
+from hrs.retrieval.store.transform import Normalisation, fit_transform
+from hrs.retrieval.store.view import Snapshot, StoreView
 
 __all__ = ["EngramStore", "Hit", "Memory", "NewMemory"]
 
@@ -47,7 +47,7 @@ class EngramStore:
         fingerprint: names the model whose engrams the keys are.
         width: d, numbers in a key.
         block: whose output the engrams are means of.
-        normalisation: what is done to keys before they are compared, see :mod:`hrs.retrieval.transform`.
+        normalisation: what is done to keys before they are compared, see :mod:`hrs.retrieval.store.transform`.
     """
 
     def __init__(self, view: StoreView, *, segment_rows: int, faiss_above: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hrs.retrieval.topics import TopicContexts
+from hrs.retrieval.topics.contexts import TopicContexts
 
 Embed = Callable[[str], NDArray[Any]]
 """A text to its engram [d], always of one width."""
@@ -52,7 +52,7 @@ class StressResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """When a prompt joins a topic and when topics merge, as in :class:`hrs.retrieval.topics.TopicContexts`."""
+    """When a prompt joins a topic and when topics merge, as in :class:`hrs.retrieval.topics.contexts.TopicContexts`."""
 
     join: float = 0.5
     merge: float = 0.8

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hrs.errors import HRSError
-from hrs.retrieval.topic_records import Assignment, Match, Prompt, Topic, TopicInfo, shares
+from hrs.retrieval.topics.records import Assignment, Match, Prompt, Topic, TopicInfo, shares
 
 _FORMAT = 1
 
@@ -123,7 +123,7 @@ class TopicContexts:
         """Token ids of earlier prompts: the newest ones of every active, enabled topic, in the order they came,
         the most recent topic last, next to what follows.
 
-        :func:`hrs.retrieval.topic_records.shares` says how the budget is split. The oldest prompt that is used may be
+        :func:`hrs.retrieval.topics.records.shares` says how the budget is split. The oldest prompt that is used may be
         cut at its front.
 
         Args:
