@@ -6,8 +6,8 @@
 
 A baseline is trained for every seed, if it is missing. It encodes the training text, finds neighbours, and gives its
 weights to three models that learn on from them: with the right memories, with another window's, and without. Each is
-then scored with the right memory, a shuffled one and none, on the same documents. Submitting the same study again runs
-and measures only what is missing.
+then scored with the right memory, a shuffled one and none, on the same documents; ``--split test`` scores finished runs
+on text that nothing was chosen on. Submitting the same study again runs and measures only what is missing.
 """
 
 import argparse
@@ -47,14 +47,17 @@ TITLE = "retrieval"
 SHARED_TOKENS = 12
 """Tokens in a row that a window and its memory share, from which on the document counts as known."""
 SHOWN: tuple[Shown, ...] = ("right", "shuffled", "none")
-_PARTS: tuple[Shown, ...] = ("right", "shuffled")
-"""Evaluations besides the run's own, which is without memory."""
+OWN_SPLIT = "validation"
+"""What every run is scored on at its end, without memory."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
     parser = argparse.ArgumentParser(prog="jobs/retrieval_study.py", description="What is a retrieved memory worth?")
     parser.add_argument("--steps", type=int, help="steps with memories, after the baseline's (default: as many)")
+    parser.add_argument(
+        "--split", choices=(OWN_SPLIT, "test"), default=OWN_SPLIT, help=f"to score on (default {OWN_SPLIT})"
+    )
     ablation_sweep.add_study_options(parser)
     return parser.parse_args(arguments)
 
@@ -86,17 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     preflight(storage)
     study_id = tracker.open_study(name, {run.key: run.config for run in runs})
-    run_and_measure(plan, study_id, storage, runtime)
+    run_and_measure(bases, plan, options.split, study_id, storage, runtime)
     tracker.reap(name)
-    finished = {run.key for run in runs if is_measured(run, storage)} & tracker.finished([run.key for run in runs])
-    text = tables(bases, [run for run in runs if run.key in finished], storage)
+    finished = tracker.finished([run.key for run in runs])
+    finished &= {run.key for run in runs if is_measured(run, options.split, storage)}
+    text = tables(bases, [run for run in runs if run.key in finished], options.split, storage)
     folder = storage.report(name)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "retrieval.txt").write_text(text, encoding="utf-8")
+    report = folder / ("retrieval.txt" if options.split == OWN_SPLIT else f"retrieval_{options.split}.txt")
+    report.write_text(text, encoding="utf-8")
     tracker.log_study_artifact(study_id, folder)
     unfinished = len(runs) - len(finished)
     tracker.close_study(study_id, "failed" if unfinished else "finished", f"{unfinished} runs unfinished")
-    print(f"\n{text}\nreport: {folder / 'retrieval.txt'}", flush=True)
+    print(f"\n{text}\nreport: {report}", flush=True)
     return 1 if unfinished else 0
 
 
@@ -130,7 +135,9 @@ def bank_of(config: ExperimentConfig, store: TokenStore, storage: Storage) -> Me
 # ---- training and measuring ------------------------------------------------------------------------------------------
 
 
-def run_and_measure(plan: Plan, study_id: str, storage: Storage, runtime: Runtime) -> None:
+def run_and_measure(
+    bases: Sequence[Run], plan: Plan, split: str, study_id: str, storage: Storage, runtime: Runtime
+) -> None:
     """Train and measure what is missing on whatever Ray offers. A run that fails says why and stops no other."""
     import ray
 
@@ -138,9 +145,14 @@ def run_and_measure(plan: Plan, study_id: str, storage: Storage, runtime: Runtim
 
     lines: dict[Any, str] = {}  # labels by stream of lines
     for trial in plan.trials:
-        if trial.state != "finished" or not is_measured(trial.run, storage):
+        if trial.state != "finished" or not is_measured(trial.run, split, storage):
             worker = ray.remote(num_cpus=trial.cpus, num_gpus=trial.card_frac, max_retries=2)(follow)
-            lines[worker.remote(trial_spec(trial, study_id, storage, runtime).to_json())] = trial.run.label
+            lines[worker.remote(trial_spec(trial, study_id, storage, runtime).to_json(), split)] = trial.run.label
+    share = max(trial.card_frac for trial in plan.trials)
+    for run in bases:
+        if not is_measured(run, split, storage):
+            scorer = ray.remote(num_cpus=1, num_gpus=share, max_retries=2)(measure)
+            lines[scorer.remote(run, split, storage, runtime)] = run.label
     while lines:
         ready, _ = ray.wait(list(lines), num_returns=1)
         stream: Any = ready[0]
@@ -152,14 +164,13 @@ def run_and_measure(plan: Plan, study_id: str, storage: Storage, runtime: Runtim
             print(f"{lines.pop(stream):<28} failed: {error.cause}", flush=True)
 
 
-def follow(specification: str) -> Iterator[str]:
+def follow(specification: str, split: str) -> Iterator[str]:
     """In a worker: bring one run to its end, and its evaluations; yields lines for people."""
     spec, pace = TrialSpec.from_json(specification), Pace()
     for progress in run_trial(spec, train_with_memories):
         if pace.lets_through(spec.run.label, progress, time.monotonic()):
             yield progress.line(spec.run.label)
-    measure(spec.run, open_storage(spec.storage_root), spec.runtime)
-    yield f"{spec.run.label:<28} measured with {' and '.join(_PARTS)} memories"
+    yield from measure(spec.run, split, open_storage(spec.storage_root), spec.runtime)
 
 
 def train_with_memories(
@@ -170,57 +181,66 @@ def train_with_memories(
     return train(config, store, directory, runtime, geometry, memories=bank)
 
 
-def measure(run: Run, storage: Storage, runtime: Runtime) -> None:
-    """Score a finished run with memories; its own evaluation was without. Files stand in a folder for each."""
+def measure(run: Run, split: str, storage: Storage, runtime: Runtime) -> Iterator[str]:
+    """Score a finished run with every memory it can read; a folder for each, and a metric of its run in MLflow."""
     model, config = load_model(storage.run(run.key))
     store = open_tokens(config.data, storage.tokens)
-    bank = bank_of(config, store, storage)
-    model = model.to(runtime.torch_device())
-    for part in _PARTS:
-        if not (folder := _folder(run, part, storage)).exists():
-            partial = folder.with_name(f"{folder.name}.part")
-            evaluate(model, store, stride_frac=config.evaluation.stride_frac, memories=bank, shown=part).save(partial)
-            Tracker(storage).log_run_artifacts(run.key, sorted(partial.iterdir()), folder.name)
-            partial.rename(folder)
+    bank = bank_of(config, store, storage) if config.training.retrieval.base else None
+    model, tracker = model.to(runtime.torch_device()), Tracker(storage)
+    for shown in SHOWN if bank else ("none",):
+        if (folder := _folder(run, split, shown, storage)).exists():
+            continue
+        partial = folder.with_name(f"{folder.name}.part")
+        stride_frac = config.evaluation.stride_frac
+        found = evaluate(model, store, split, stride_frac=stride_frac, memories=bank, shown=shown)
+        found.save(partial)
+        tracker.log_run_artifacts(run.key, sorted(partial.iterdir()), folder.name)
+        tracker.log_run_metrics(run.key, {f"{folder.name}/bits_per_byte": found.bits_per_byte})
+        partial.rename(folder)
+        yield f"{run.label:<28} {split} with memory: {shown}  {found.bits_per_byte:.4f} bits per byte"
 
 
-def is_measured(run: Run, storage: Storage) -> bool:
-    """Whether all evaluations of a run are there."""
-    return all(_folder(run, part, storage).exists() for part in _PARTS)
+def is_measured(run: Run, split: str, storage: Storage) -> bool:
+    """Whether all evaluations of a run on a split are there."""
+    shown = SHOWN if run.config.training.retrieval.base else ("none",)
+    return all(_folder(run, split, part, storage).exists() for part in shown)
 
 
-def _folder(run: Run, part: Shown, storage: Storage) -> Path:
-    return storage.run(run.key) / (f"memory_{part}" if part != "none" else "")
+def _folder(run: Run, split: str, shown: Shown, storage: Storage) -> Path:
+    """Without memory and on its own split it is the run's own evaluation."""
+    if split != OWN_SPLIT:
+        return storage.run(run.key) / f"{split}_memory_{shown}"
+    return storage.run(run.key) / (f"memory_{shown}" if shown != "none" else "")
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def tables(bases: Sequence[Run], runs: Sequence[Run], storage: Storage) -> str:
+def tables(bases: Sequence[Run], runs: Sequence[Run], split: str, storage: Storage) -> str:
     """What every model scores with every memory, over all documents and over those without text that is copied."""
-    readings = [reading(bases, "", "none", storage)] if runs else []
+    readings = [reading(bases, "", "none", split, storage)] if runs else []
     for preset, parts in ((CONTROL, ("none",)), (VARIANTS[1], SHOWN), (VARIANTS[0], SHOWN)):
         if chosen := [run for run in runs if run.config.preset == preset]:
-            readings += [reading(chosen, part, part, storage) for part in parts]
-    text = retrieval_table(readings, CONTROL)
+            readings += [reading(chosen, part, part, split, storage) for part in parts]
+    text = retrieval_table(readings, CONTROL, split)
     if not runs:
         return text
     config = runs[0].config
     store = open_tokens(config.data, storage.tokens)
     stride = max(1, round(config.evaluation.stride_frac * config.model.max_seq_len))
-    shares = documents_that_share(bank_of(config, store, storage), "validation", stride, SHARED_TOKENS)
+    shares = documents_that_share(bank_of(config, store, storage), split, stride, SHARED_TOKENS)
     text += f"\n{shares.sum()} documents have {SHARED_TOKENS} tokens in a row that a memory of theirs has, too.\n"
     if 0 < shares.sum() < len(shares):
-        text += f"Without them:\n\n{retrieval_table(readings, CONTROL, shares)}"
+        text += f"Without them:\n\n{retrieval_table(readings, CONTROL, split, shares)}"
     return text
 
 
-def reading(runs: Sequence[Run], label: str, part: Shown, storage: Storage) -> Reading:
+def reading(runs: Sequence[Run], label: str, part: Shown, split: str, storage: Storage) -> Reading:
     """One preset's evaluations with one kind of memory."""
     return Reading(
         preset=runs[0].config.preset,
         shown=label,
-        documents={run.config.seed: Evaluation.load(_folder(run, part, storage)).documents for run in runs},
+        documents={run.config.seed: Evaluation.load(_folder(run, split, part, storage)).documents for run in runs},
         causal=all(
             AuditReport.from_json((storage.run(run.key) / "audit.json").read_text(encoding="utf-8")).causal
             for run in runs

@@ -28,12 +28,15 @@ class Reading:
     causal: bool
 
 
-def retrieval_table(readings: Sequence[Reading], control: str, leaves_out: NDArray[np.bool_] | None = None) -> str:
+def retrieval_table(
+    readings: Sequence[Reading], control: str, split: str = "validation", leaves_out: NDArray[np.bool_] | None = None
+) -> str:
     """Plain text for a terminal of 120 columns.
 
     Args:
         readings: in the order of the rows, all on the same documents.
         control: the preset that trained as long without memory; every row is compared with it.
+        split: what the readings are of, for the note.
         leaves_out: [D], documents that are not counted; None counts all.
 
     Raises:
@@ -69,14 +72,15 @@ def retrieval_table(readings: Sequence[Reading], control: str, leaves_out: NDArr
         space.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
         for cells in (_HEADS, *body)
     ]
-    return (
-        "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_notes(readings, control, counted, plain[0])]) + "\n"
-    )
+    notes = _notes(readings, control, split, counted, plain[0])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *notes]) + "\n"
 
 
-def _notes(readings: Sequence[Reading], control: str, counted: NDArray[np.bool_], plain: Estimate) -> list[str]:
+def _notes(
+    readings: Sequence[Reading], control: str, split: str, counted: NDArray[np.bool_], plain: Estimate
+) -> list[str]:
     note = (
-        f"{int(counted.sum())} of {len(counted)} documents of the validation split; without pairing, bits/byte of "
+        f"{int(counted.sum())} of {len(counted)} documents of the {split} split; without pairing, bits/byte of "
         f"{readings[0].preset} has a 95% interval of {with_bounds(plain.score)}. minus its own right: what the same "
         "weights lose when every window is given another window's memory (shuffled) or nothing (none); above 0 the "
         f"right memory helps. minus no memory: against {control}, which trained as many steps from the same weights. "

@@ -7,6 +7,7 @@ predicts has a number, but not one about language modelling: it stands below the
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,10 +92,19 @@ def by_preset(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         runs.sort(key=lambda r: r.seed)
         if len({r.seed for r in runs}) < len(runs):
             raise HRSError(f"{preset} has several runs with one seed: report one study or code version at a time")
-        settings = [{k: v for k, v in r.config.items() if k != "seed"} for r in runs if r.config]
+        settings = [_without_seed(r.config) for r in runs if r.config]
         if any(s != settings[0] for s in settings):
             raise HRSError(f"the runs of {preset} differ in more than their seed: report each setting by itself")
     return groups
+
+
+def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without its seed, and without the run of that seed whose memories it reads."""
+    settings = {name: value for name, value in config.items() if name != "seed"}
+    if retrieval := config.get("training", {}).get("retrieval"):
+        retrieval = {k: v for k, v in retrieval.items() if k not in ("base", "fingerprint")}
+        settings["training"] = config["training"] | {"retrieval": retrieval}
+    return settings
 
 
 def is_evaluated(record: RunRecord) -> bool:

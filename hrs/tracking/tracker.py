@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,17 @@ class Tracker:
         run_id = self.run_id(key)
         for path in paths:
             self._client.log_artifact(run_id, str(path), folder)
+
+    def log_run_metrics(self, key: str, values: Mapping[str, float]) -> None:
+        """Add metrics to a run, whether it is finished or not, such as what it scores on another split.
+
+        Raises:
+            HRSError: if there is no such run.
+        """
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self.run_id(key), metrics=[Metric(n, v, now, 0) for n, v in values.items()])
 
     def run_id(self, key: str) -> str:
         """MLflow's id of the run of ``key``, whichever study made it.

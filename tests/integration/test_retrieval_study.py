@@ -20,9 +20,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(storage: Path, small_corpus: Path) -> subprocess.CompletedProcess[str]:
+def run(storage: Path, small_corpus: Path, *more: str) -> subprocess.CompletedProcess[str]:
     job = [sys.executable, str(ROOT / "jobs" / "retrieval_study.py"), *SMALL, "--corpus", f"jsonl:{small_corpus}"]
-    job += ["--set", "training.steps=10", "--steps", "12"]
+    job += ["--set", "training.steps=10", "--steps", "12", *more]
     environment = os.environ | {"HRS_STORAGE": str(storage)}
     return subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True, timeout=550)
 
@@ -53,9 +53,21 @@ def test_memories_are_made_read_shuffled_and_compared(small_corpus: Path, tmp_pa
     measured = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/memory_*/evaluation.json")}
     assert len(measured) == 6
     assert len(list(storage.artifacts.rglob("memory_right/evaluation.json"))) == 3
-    again = run(tmp_path, small_corpus)
-    assert again.returncode == 0 and text in again.stdout
+
+    unseen = run(tmp_path, small_corpus, "--split", "test")
+    assert unseen.returncode == 0, unseen.stdout + unseen.stderr
+    assert "documents of the test split" in unseen.stdout and "3 of 3 finished before" in unseen.stdout
     assert {path: path.stat().st_mtime_ns for path in measured} == measured
+    scored = {path.parent.parent.name: 0 for path in tmp_path.glob("runs/*/config.json")}
+    for path in tmp_path.glob("runs/*/test_memory_*/evaluation.json"):
+        scored[path.parent.parent.name] += 1
+    assert sorted(scored.values()) == [1, 3, 3, 3]  # the baseline reads no memories
+    after = {r.preset: r.metrics for r in tracker.study_records(study)}
+    for preset in retrieval_study.VARIANTS:
+        for split, shown in (("test", "none"), ("test", "right"), ("validation", "right")):
+            folder = f"memory_{shown}" if split == "validation" else f"{split}_memory_{shown}"
+            (path,) = storage.run(records[preset].key).glob(f"{folder}/evaluation.json")
+            assert after[preset][f"{folder}/bits_per_byte"] == json.loads(path.read_text())["bits_per_byte"]
 
 
 def test_a_dry_run_plans_the_baseline_and_names_what_follows(

@@ -52,9 +52,11 @@ def test_every_row_stands_against_its_own_right_memory_and_the_control() -> None
 
 
 def test_documents_that_are_left_out_take_their_gain_with_them() -> None:
-    text = retrieval_table(readings(), "control", np.arange(N) < 10)
+    text = retrieval_table(readings(), "control", "test", np.arange(N) < 10)
     assert "*" not in cells(text)["with", "right"][5]
-    assert "30 of 40 documents" in text and "40 of 40 documents" in retrieval_table(readings(), "control")
+    assert "30 of 40 documents of the test split" in text and "40 of 40 documents" in retrieval_table(
+        readings(), "control"
+    )
 
 
 def test_the_note_says_what_one_seed_cannot() -> None:

@@ -125,6 +125,16 @@ def test_runs_that_cannot_stand_in_one_table_are_refused(make_record: Make, chan
         format_table([make_record(seed=0), replace(make_record(seed=1), **change)])
 
 
+def test_seeds_that_read_the_memories_of_their_own_baseline_are_one_setting(make_record: Make) -> None:
+    def record(seed: int, **retrieval: object) -> RunRecord:
+        named = {"base": f"run {seed}", "fingerprint": f"weights {seed}", "neighbours": 2} | retrieval
+        return make_record(seed=seed, config={"seed": seed, "training": {"steps": 1, "retrieval": named}})
+
+    assert format_table([record(0), record(1)])
+    with pytest.raises(HRSError, match="differ in more than their seed"):
+        format_table([record(0), record(1, neighbours=3)])
+
+
 def test_other_documents_are_refused(make_record: Make) -> None:
     other = make_record("dual_head")
     titles = pa.array([f"another {i}" for i in range(other.documents.num_rows)])
