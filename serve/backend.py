@@ -40,6 +40,8 @@ class Request:
     context: Sequence[int] = ()
     """Ids the model reads before the prompt, as far as they fit; not part of the text."""
     retrieval: RetrievalOptions | None = None
+    n_best: int = 0
+    """How many of the likeliest tokens to tell of with every new one: :attr:`hrs.generation.SampledToken.best`."""
 
 
 @dataclass(frozen=True, slots=True)

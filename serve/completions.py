@@ -33,7 +33,7 @@ def completion_routes(backend: Backend) -> APIRouter:
         if body.echo and body.logprobs is not None:
             scores = [await backend.score(ids, body.logprobs) for ids in prompts]
         n_new, wants = 16 if body.max_tokens is None else body.max_tokens, body.logprobs is not None
-        job = await _Job.of(backend, body, prompts, n_new, tuple(body.stop or ()))
+        job = await _Job.of(backend, body, prompts, n_new, tuple(body.stop or ()), body.logprobs or 0)
         choices = []
         for index, topic in enumerate(job.topics):
             ids, score = prompts[index // body.n], scores[index // body.n]
@@ -49,7 +49,8 @@ def completion_routes(backend: Backend) -> APIRouter:
         backend.require_room(body.n)
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         most = limits[0] if limits else min(backend.settings.default_chat_tokens, backend.settings.max_new_tokens)
-        job = await _Job.of(backend, body, prompts, most, (*(body.stop or ()), *chat_stops()))
+        stops = (*(body.stop or ()), *chat_stops())
+        job = await _Job.of(backend, body, prompts, most, stops, body.top_logprobs or 0)
         choices = [
             Choice(index, backend.token, body.logprobs, body.hrs.details, topic=topic, skip_space=True)
             for index, topic in enumerate(job.topics)
@@ -71,7 +72,13 @@ class _Job:
 
     @classmethod
     async def of(
-        cls, backend: Backend, body: Sampled, prompts: Sequence[Sequence[int]], n_new: int, stop: tuple[str, ...]
+        cls,
+        backend: Backend,
+        body: Sampled,
+        prompts: Sequence[Sequence[int]],
+        n_new: int,
+        stop: tuple[str, ...],
+        n_best: int,
     ) -> "_Job":
         """Raises ApiError 422 if more is asked for than the endpoint gives."""
         limits = backend.settings
@@ -87,7 +94,9 @@ class _Job:
             context, topic = await backend.topic_context(ids) if body.hrs.topics else ([], None)
             for number in range(body.n):
                 sampling = _sampling(body, n_new, stop, choice_seed(seed, number))
-                job.texts.append(Text(prompt=ids, sampling=sampling, context=context, retrieval=body.hrs.retrieval))
+                job.texts.append(
+                    Text(prompt=ids, sampling=sampling, context=context, retrieval=body.hrs.retrieval, n_best=n_best)
+                )
                 job.topics.append(topic)
         return job
 

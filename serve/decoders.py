@@ -12,7 +12,7 @@ from hrs.models import LanguageModel
 from hrs.retrieval.calibration import Calibration
 from hrs.retrieval.engine import RetrievalEngine
 from hrs.retrieval.entropy import GateSettings
-from hrs.retrieval.retriever import RetrievalEvent
+from hrs.retrieval.retriever import RetrievalEvent, SlotMaker
 from hrs.retrieval.retriever import RetrievalOptions as EngineOptions
 from hrs.retrieval.store import Hit
 from serve.backend import Request
@@ -31,6 +31,7 @@ class RetrievalDecoder:
         memories: Memories,
         settings: Settings,
         calibration: Calibration | None,
+        slots: SlotMaker | None = None,
     ) -> None:
         self._memories, self._settings, self._calibration, self._tokenizer = memories, settings, calibration, tokenizer
         self._engine = RetrievalEngine(
@@ -41,6 +42,7 @@ class RetrievalDecoder:
             end_id=end_of_text_id(tokenizer),
             calibration=calibration,
             block=settings.memory_block,
+            slots=slots,
         )
 
     @property
@@ -53,7 +55,8 @@ class RetrievalDecoder:
 
     def add(self, request: Request) -> int:
         sampling = dataclasses.replace(request.sampling, stop=())
-        return self._engine.add(request.prompt, sampling, self._options(request), request.context)
+        options = self._options(request)
+        return self._engine.add(request.prompt, sampling, options, request.context, n_best=request.n_best)
 
     def cancel(self, number: int) -> None:
         self._engine.cancel(number)

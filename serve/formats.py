@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,8 +123,8 @@ class CompletionFormat:
             return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         tokens = [token_text(choice.of_token(token)) for token in choice.prompt_ids]
         best = [
-            None if row is None else {token_text(choice.of_token(token)): log_prob(lp) for token, lp in row.items()}
-            for row in choice.scores.best
+            None if row is None else self._alternatives(choice, row.items(), token, row[token])
+            for token, row in zip(choice.prompt_ids, choice.scores.best, strict=True)
         ]
         offsets = []
         for token in choice.prompt_ids:
@@ -140,8 +140,20 @@ class CompletionFormat:
         for piece in pieces:
             offsets.append(choice.offset)
             choice.offset += len(choice.of_token(piece.token.id).decode(errors="ignore"))
-        best = [{token: value} for token, value in zip(tokens, values, strict=True)]
+        told = [piece.token for piece in pieces]
+        best = [self._alternatives(choice, token.best, token.id, token.log_prob) for token in told]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
+
+    @staticmethod
+    def _alternatives(
+        choice: Choice, best: Iterable[tuple[int, float]], token: int, of_token: float
+    ) -> dict[str, float]:
+        """Log-probabilities by text. Of tokens that are spelled alike the text's own one counts, then the likeliest."""
+        told: dict[str, float] = {}
+        for other, value in best:
+            told.setdefault(token_text(choice.of_token(other)), log_prob(value))
+        told[token_text(choice.of_token(token))] = log_prob(of_token)
+        return told
 
 
 class ChatFormat:
@@ -173,11 +185,15 @@ class ChatFormat:
 
     def _table(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any]:
         rows = []
-        for piece in pieces:
-            raw = choice.of_token(piece.token.id)
-            row = {"token": token_text(raw), "logprob": log_prob(piece.token.log_prob), "bytes": list(raw)}
-            rows.append(row | {"top_logprobs": [dict(row)]})
+        for token in (piece.token for piece in pieces):
+            best = [self._row(choice, other, value) for other, value in token.best]
+            rows.append(self._row(choice, token.id, token.log_prob) | {"top_logprobs": best})
         return {"content": rows, "refusal": None}
+
+    @staticmethod
+    def _row(choice: Choice, token: int, value: float) -> dict[str, Any]:
+        raw = choice.of_token(token)
+        return {"token": token_text(raw), "logprob": log_prob(value), "bytes": list(raw)}
 
 
 class Envelope:

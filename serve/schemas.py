@@ -141,6 +141,7 @@ class CompletionRequest(Sampled):
     """0 is for ``echo``: nothing is added."""
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
+    """Tell log-probabilities of every token, and of so many of the likeliest."""
 
     @model_validator(mode="after")
     def _nothing_only_with_echo(self) -> "CompletionRequest":
@@ -196,6 +197,7 @@ class ChatRequest(Sampled):
     max_completion_tokens: int | None = Field(None, ge=1, le=_UINT)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    """How many of the likeliest tokens to tell of with each."""
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatRequest":

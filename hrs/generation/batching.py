@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hrs.errors import HRSError
 from hrs.generation.decoding import (
+    Best,
     SampledToken,
     default_keep,
     describe,
@@ -54,6 +55,7 @@ class _Request:
     way: Sampling
     """How to sample, without what differs between requests that can be sampled together."""
     random: np.random.Generator
+    n_best: int = 0
     memory: Tensor | None = None
     seen: Tensor | None = None
     """[V] bool, tokens of the text; only with a repetition penalty."""
@@ -126,7 +128,7 @@ class ContinuousBatch:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: Sequence[int], sampling: Sampling, *, memory: Tensor | None = None) -> int:
+    def add(self, prompt: Sequence[int], sampling: Sampling, *, memory: Tensor | None = None, n_best: int = 0) -> int:
         """Ask for a prompt to be continued.
 
         Args:
@@ -134,15 +136,17 @@ class ContinuousBatch:
             sampling: ``stop`` must be empty, for text is the caller's. The request draws as row 0 of
                 :func:`hrs.generation.generate` does with the same seed.
             memory: see :meth:`set_memory`.
+            n_best: how many of the likeliest tokens to tell of with every new one, see :attr:`SampledToken.best`.
 
         Returns:
             The request's number, from 0 in order.
 
         Raises:
-            HRSError: if :func:`hrs.generation.generate` would refuse the prompt, or :meth:`set_memory` the memory.
+            HRSError: if :func:`hrs.generation.generate` would refuse the prompt or ``n_best``, or :meth:`set_memory`
+                the memory.
         """
         prompt = list(prompt)
-        self._check([prompt], sampling)
+        self._check([prompt], sampling, n_best)
         request = _Request(
             number=self._n_requests,
             text=prompt,
@@ -150,6 +154,7 @@ class ContinuousBatch:
             sampling=sampling,
             way=dataclasses.replace(sampling, seed=0, max_new_tokens=1),
             random=np.random.default_rng((sampling.seed, 0)),
+            n_best=n_best,
             memory=self._memory(memory),
         )
         if sampling.repetition_penalty != 1:
@@ -264,9 +269,10 @@ class ContinuousBatch:
             seen = [request.seen for row in rows if (request := drawing[row]).seen is not None]
             which: list[int] | slice = rows if len(groups) > 1 else slice(None)
             ids[which] = next_tokens(logits[which], uniforms[which], way, torch.stack(seen) if seen else None)
-        return [self._append(r, *drawn) for r, drawn in zip(drawing, describe(ids, logits), strict=True)]
+        told = describe(ids, logits, [request.n_best for request in drawing])
+        return [self._append(request, *drawn) for request, drawn in zip(drawing, told, strict=True)]
 
-    def _append(self, request: _Request, token: int, log_prob: float, entropy: float) -> SampledToken:
+    def _append(self, request: _Request, token: int, log_prob: float, entropy: float, best: Best) -> SampledToken:
         request.text.append(token)
         request.read.append(token)
         request.n_new += 1
@@ -275,7 +281,7 @@ class ContinuousBatch:
         finish = finish_reason(token, request.n_new, request.sampling, self._end_id)
         if finish is not None:
             self._end(request)
-        return SampledToken(request.number, token, log_prob, entropy, finish)
+        return SampledToken(request.number, token, log_prob, entropy, finish, best)
 
     # ---- coming and going ------------------------------------------------------------------------------------------
 
@@ -332,9 +338,9 @@ class ContinuousBatch:
                 return request
         raise HRSError(f"there is no request {number}: it has ended, or was never added")
 
-    def _check(self, prompts: list[list[int]], sampling: Sampling) -> None:
+    def _check(self, prompts: list[list[int]], sampling: Sampling, n_best: int = 0) -> None:
         """Refuse what ``generate`` refuses: it checks at once, and runs nothing before it is asked for tokens."""
-        generate(self._model, prompts, sampling, end_id=self._end_id, keep=self._keep)
+        generate(self._model, prompts, sampling, end_id=self._end_id, keep=self._keep, n_best=n_best)
 
     def _memory(self, memory: Tensor | None) -> Tensor | None:
         """The memory as slots keep it; None if there are no vectors in it."""

@@ -19,6 +19,9 @@ from hrs.models.base import Cache, LanguageModel
 
 FinishReason = Literal["stop", "length", "end_of_text"]
 
+Best = tuple[tuple[int, float], ...]
+"""Likeliest tokens, the best first: ids and log-probabilities in nats."""
+
 _MAX_LOGITS = 2**24
 """Logits computed at once. A model scores every position of a chunk, and of a prompt only the last score is wanted."""
 
@@ -36,6 +39,9 @@ class SampledToken:
     """Bits, of the model's own distribution."""
     finish: FinishReason | None
     """Why this is the row's last token; None if it is not."""
+    best: Best = ()
+    """The likeliest tokens of the distribution that ``log_prob`` tells of, as many as were asked for. The sampled one
+    need not be among them."""
 
 
 Step = list[SampledToken]
@@ -66,6 +72,7 @@ def generate(
     end_id: int | None = None,
     keep: int | None = None,
     first_row: int = 0,
+    n_best: int = 0,
 ) -> "Generation":
     """Continue prompts of token ids, all rows side by side; iterate over the result for the tokens as they come.
 
@@ -80,9 +87,10 @@ def generate(
         end_id: the id that ends a text, such as end of text. None for none.
         keep: 1 to ``max_seq_len``, default :func:`default_keep`.
         first_row: number of the first row in the random streams, so that a long list can be cut into batches.
+        n_best: how many of the likeliest tokens to tell of with every new one, see :attr:`SampledToken.best`.
 
     Raises:
-        HRSError: for a prompt that is empty or has ids the model does not know, or ``keep`` out of range.
+        HRSError: for a prompt that is empty or has ids the model does not know, or ``keep`` or ``n_best`` out of range.
     """
     if sampling.stop:
         raise HRSError("stop strings end texts, and these are token ids: use generate_text, or give no stop")
@@ -91,6 +99,8 @@ def generate(
     keep = default_keep(model) if keep is None else keep
     if not 1 <= keep <= model.max_seq_len:
         raise HRSError(f"keep must lie between 1 and the model's context of {model.max_seq_len} tokens, got {keep}")
+    if not 0 <= n_best <= model.vocab_size:
+        raise HRSError(f"n_best must lie between 0 and the model's vocabulary of {model.vocab_size}, got {n_best}")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise HRSError(f"prompt {number} is empty: give at least one token, such as end of text")
@@ -100,7 +110,7 @@ def generate(
         _Row(number, list(prompt), np.random.default_rng((sampling.seed, first_row + number)))
         for number, prompt in enumerate(prompts)
     ]
-    return Generation(model, rows, sampling, end_id, keep)
+    return Generation(model, rows, sampling, end_id, keep, n_best)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,9 +130,10 @@ class Generation(Iterator[Step]):
     """A batch of texts that grow; made by :func:`generate`. Ends when every row is finished."""
 
     def __init__(
-        self, model: LanguageModel, rows: list[_Row], sampling: Sampling, end_id: int | None, keep: int
+        self, model: LanguageModel, rows: list[_Row], sampling: Sampling, end_id: int | None, keep: int, n_best: int
     ) -> None:
         self._model, self._rows, self._sampling, self._end_id, self._keep = model, rows, sampling, end_id, keep
+        self._n_best = n_best
         self._device = next(model.parameters()).device
         self._steps = self._run()
 
@@ -183,14 +194,15 @@ class Generation(Iterator[Step]):
         ids = next_tokens(logits, uniforms, self._sampling, None if seen is None else seen[drawing])
         if seen is not None:
             seen[drawing, ids] = True
-        return [self._append(rows[i], *drawn) for i, drawn in zip(drawing, describe(ids, logits), strict=True)]
+        told = describe(ids, logits, [self._n_best] * len(drawing))
+        return [self._append(rows[i], *drawn) for i, drawn in zip(drawing, told, strict=True)]
 
-    def _append(self, row: _Row, token: int, log_prob: float, entropy: float) -> SampledToken:
+    def _append(self, row: _Row, token: int, log_prob: float, entropy: float, best: Best) -> SampledToken:
         row.text.append(token)
         row.n_new += 1
         finish = finish_reason(token, row.n_new, self._sampling, self._end_id)
         row.active = finish is None
-        return SampledToken(row.number, token, log_prob, entropy, finish)
+        return SampledToken(row.number, token, log_prob, entropy, finish, best)
 
 
 # ---- one step, whoever keeps the rows --------------------------------------------------------------------------------
@@ -205,15 +217,38 @@ def last_logits(model: LanguageModel, pieces: Sequence[Sequence[int]], cache: Ca
     return last.to(torch.promote_types(last.dtype, torch.float32))  # bf16 is too coarse for a distribution
 
 
-def describe(ids: Tensor, logits: Tensor) -> list[tuple[int, float, float]]:
+def describe(ids: Tensor, logits: Tensor, n_best: Sequence[int]) -> list[tuple[int, float, float, Best]]:
     """Of each row its token out of ``ids`` [B], the log-probability in nats and the entropy in bits of the distribution
-    it was drawn from, logits [B, V]."""
+    it was drawn from, logits [B, V], and the ``n_best`` [B] likeliest tokens of that."""
     log_p = logits.log_softmax(dim=-1)
     entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(2)
     chosen = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     # All that Python needs in one copy: each costs a wait for the device. Ids are exact in float64.
     told = torch.stack((ids.double(), chosen.double(), entropy.double())).tolist()
-    return [(int(token), log_prob, bits) for token, log_prob, bits in zip(*told, strict=True)]
+    best = likeliest(logits, log_p, n_best) if any(n_best) else [()] * len(n_best)
+    return [(int(token), log_prob, bits, row) for token, log_prob, bits, row in zip(*told, best, strict=True)]
+
+
+def likeliest(logits: Tensor, log_p: Tensor, n_best: Sequence[int]) -> list[Best]:
+    """The ``n_best`` [B] likeliest tokens of each row, with ``log_p`` [B, V], the log-softmax of ``logits`` [B, V].
+
+    Of equal ones the smaller id comes first, so the first of all is what a temperature of 0 takes. At least one row
+    must want some.
+    """
+    wanting = torch.tensor([row for row, n in enumerate(n_best) if n], device=logits.device)
+    scores = logits[wanting]  # log-probabilities may be equal where logits are not
+    least = scores.topk(max(n_best), dim=-1).values[:, -1:]
+    # Which of equal logits topk takes is left open, so all that reach the least are compared.
+    at, ids = (scores >= least).nonzero(as_tuple=True)  # [M], M at least n for each row
+    rows = wanting[at]
+    told = torch.stack((rows.double(), -logits[rows, ids].double(), ids.double(), log_p[rows, ids].double())).tolist()
+    found: list[list[tuple[float, int, float]]] = [[] for _ in n_best]
+    for row, cost, token, log_prob in zip(*told, strict=True):
+        found[int(row)].append((cost, int(token), log_prob))
+    return [
+        tuple((token, log_prob) for _, token, log_prob in sorted(candidates)[:n])
+        for candidates, n in zip(found, n_best, strict=True)
+    ]
 
 
 def finish_reason(token: int, n_new: int, sampling: Sampling, end_id: int | None) -> FinishReason | None:

@@ -135,6 +135,8 @@ class RetrievalEngine:
         sampling: Sampling,
         retrieval: RetrievalOptions | None = None,
         context: Sequence[int] | None = None,
+        *,
+        n_best: int = 0,
     ) -> int:
         """Ask for a prompt to be continued.
 
@@ -145,6 +147,7 @@ class RetrievalEngine:
             context: ids, such as a topic's, that stand in front of the request's text for as long as it lasts, and are
                 no part of it. Of more than half the model's context the end is read, and retrieved text takes its
                 place where there is no room for both.
+            n_best: see :meth:`ContinuousBatch.add`.
 
         Returns:
             The request's number, from 0 in order.
@@ -154,7 +157,7 @@ class RetrievalEngine:
         """
         options = retrieval if retrieval is not None and retrieval.enabled else None
         gate = None if options is None else self._retriever.gate(options)
-        number = self._batch.add(prompt, sampling)
+        number = self._batch.add(prompt, sampling, n_best=n_best)
         request = _Request(number, len(prompt), list(context or ()), options or RetrievalOptions(), gate)
         request.prefix, _ = self._retriever.prefix(request.context, (), 0)
         try:

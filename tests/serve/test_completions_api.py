@@ -5,9 +5,14 @@ import json
 import httpx
 import openai
 import pytest
+import torch
+from torch import Tensor
 
 from hrs.export.opening import OpenedModel
-from hrs.generation import Completion, Sampling, generate_text
+from hrs.generation import Completion, SampledToken, Sampling, generate_text
+from hrs.generation.text import token_pieces
+from serve.backend import Piece, Scores
+from serve.formats import ChatFormat, Choice, CompletionFormat, token_text
 
 PROMPT = "The ship and the tide"
 
@@ -103,6 +108,86 @@ def test_echo_and_log_probabilities(client: openai.OpenAI, expected: Completion,
         assert choice.text[offset:after] == token
 
 
+@torch.no_grad()
+def distributions(opened: OpenedModel, prompt: str, tokens: list[SampledToken]) -> tuple[list[int], Tensor]:
+    """The ids [n] of a whole text, and log-probabilities [n - 1, V] of what follows each but the last."""
+    ids = [*opened.tokenizer.encode(prompt).ids, *(token.id for token in tokens)]
+    return ids, opened.model(torch.tensor([ids[:-1]])).logits[0].log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("echo", "n_best"), [(False, 0), (False, 3), (True, 5)])
+def test_a_completion_tells_the_likeliest_tokens(
+    client: openai.OpenAI, expected: Completion, opened: OpenedModel, stream: bool, echo: bool, n_best: int
+) -> None:
+    options = {"seed": 7, "max_tokens": 20, "logprobs": n_best, "echo": echo, "stream": stream}
+    made = client.completions.create(model="tiny", prompt=PROMPT, **options)
+    tables = [part.choices[0].logprobs for part in (made if stream else [made])]
+    tokens = [row for table in tables for row in table.tokens]
+    values = [row for table in tables for row in table.token_logprobs]
+    best = [row for table in tables for row in table.top_logprobs]
+    spelled = [token_text(piece) for piece in token_pieces(opened.tokenizer)]
+    ids, log_p = distributions(opened, PROMPT, expected.tokens)
+    first = 0 if echo else expected.n_prompt_tokens
+    assert tokens == [spelled[id] for id in ids[first:]]
+    if echo:
+        assert (values.pop(0), best.pop(0)) == (None, None)
+    assert len(best) == len(log_p[max(first - 1, 0) :])
+    for told, value, row, id in zip(best, values, log_p[max(first - 1, 0) :], ids[max(first, 1) :], strict=True):
+        likeliest = {spelled[i]: float(row[i]) for i in row.topk(n_best).indices.tolist()}
+        assert told == pytest.approx({**likeliest, spelled[id]: float(row[id])}, abs=1e-5)
+        assert told[spelled[id]] == value
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n_best", [0, 4, 20])
+def test_a_chat_tells_the_likeliest_tokens(
+    client: openai.OpenAI, opened: OpenedModel, stream: bool, n_best: int
+) -> None:
+    prompt, sampling = "User: Hi\n\nAssistant:", Sampling(seed=5, max_new_tokens=24)
+    (expected,) = generate_text(opened.model, opened.tokenizer, [prompt], sampling)
+    options = {"messages": [{"role": "user", "content": "Hi"}], "seed": 5, "max_tokens": 24, "stream": stream}
+    made = client.chat.completions.create(model="tiny", logprobs=True, top_logprobs=n_best, **options)
+    tables = [part.choices[0].logprobs for part in (made if stream else [made])]
+    rows = [row for table in tables if table is not None for row in table.content]
+    pieces = token_pieces(opened.tokenizer)
+    _, log_p = distributions(opened, prompt, expected.tokens)
+    for row, token, row_p in zip(rows, expected.tokens, log_p[expected.n_prompt_tokens - 1 :], strict=True):
+        likeliest = row_p.topk(n_best)
+        assert (row.token, row.bytes) == (token_text(pieces[token.id]), list(pieces[token.id]))
+        assert [bytes(other.bytes) for other in row.top_logprobs] == [pieces[i] for i in likeliest.indices.tolist()]
+        assert [other.token for other in row.top_logprobs] == [token_text(bytes(o.bytes)) for o in row.top_logprobs]
+        told = [row.logprob, *(other.logprob for other in row.top_logprobs)]
+        assert told == pytest.approx([float(row_p[token.id]), *likeliest.values.tolist()], abs=1e-5)
+
+
+def test_the_greedy_token_is_the_likeliest(client: openai.OpenAI) -> None:
+    options = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+    completion = client.completions.create(prompt=PROMPT, logprobs=2, **options)
+    chat = client.chat.completions.create(
+        messages=[{"role": "user", "content": PROMPT}], logprobs=True, top_logprobs=1, **options
+    )
+    table = completion.choices[0].logprobs
+    assert [next(iter(best)) for best in table.top_logprobs] == table.tokens
+    for row in chat.choices[0].logprobs.content:
+        assert [(other.token, other.logprob) for other in row.top_logprobs] == [(row.token, row.logprob)]
+
+
+def test_tokens_that_are_spelled_alike_do_not_hide_the_texts_own() -> None:
+    pieces = [b"a", b"\xe2", b"bytes:\\xe2", b"a"]
+    scores = Scores([None, -0.5], [None, 1.0], [None, {0: -0.5, 3: -2.0}])
+    choice = Choice(0, pieces.__getitem__, log_probs=True, details=False, prompt="aa", prompt_ids=[3, 0], scores=scores)
+    best = ((0, -0.5), (1, -1.5), (2, -2.5))
+    choice.add(Piece(0, "a", SampledToken(0, 3, -3.0, 1.0, "length", best), "length"))
+    table = CompletionFormat().full(choice)["logprobs"]
+    assert table["token_logprobs"] == [None, -0.5, -3.0]
+    assert table["top_logprobs"] == [None, {"a": -0.5}, {"a": -3.0, "bytes:\\xe2": -1.5}]
+    (row,) = ChatFormat().full(choice)["logprobs"]["content"]
+    assert [(bytes(other["bytes"]), other["logprob"]) for other in row["top_logprobs"]] == [
+        (b"a", -0.5), (b"\xe2", -1.5), (b"bytes:\\xe2", -2.5),
+    ]  # fmt: skip
+
+
 def test_a_prompt_can_be_scored_and_not_continued(client: openai.OpenAI, expected: Completion) -> None:
     full = client.completions.create(model="tiny", prompt=PROMPT, seed=7, max_tokens=20, echo=True, logprobs=1)
     made = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1)
@@ -153,14 +238,14 @@ def test_chat(client: openai.OpenAI, opened: OpenedModel) -> None:
     sampling = Sampling(seed=5, max_new_tokens=24, stop=stop)
     (expected,) = generate_text(opened.model, opened.tokenizer, [spelled], sampling)
     options = {"model": "tiny", "messages": messages, "seed": 5, "max_completion_tokens": 24}
-    made = client.chat.completions.create(**options, logprobs=True, top_logprobs=1)
+    made = client.chat.completions.create(**options, logprobs=True)
     assert made.object == "chat.completion"
     assert made.choices[0].message.role == "assistant"
     assert made.choices[0].message.content == expected.text.lstrip()
     assert made.usage.prompt_tokens == expected.n_prompt_tokens
     rows = made.choices[0].logprobs.content
     assert [row.logprob for row in rows] == pytest.approx([token.log_prob for token in expected.tokens], abs=1e-5)
-    assert all(row.top_logprobs[0].token == row.token for row in rows)
+    assert all(row.top_logprobs == [] for row in rows)
     chunks = list(client.chat.completions.create(**options, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected.text.lstrip()
