@@ -17,6 +17,7 @@ from hrs.export.opening import OpenedModel
 from hrs.generation.text import token_pieces
 from hrs.retrieval.calibration import Calibration
 from hrs.retrieval.engrams import model_fingerprint
+from hrs.retrieval.retriever import SlotMaker
 from serve.backend import ModelCard, Request, Scores
 from serve.decoders import RetrievalDecoder
 from serve.engine import Engine, Replies
@@ -45,6 +46,7 @@ class LocalBackend:
         opened: the model, on the device it is to run on.
         folder: where all replicas of this model keep its memories and leave their figures.
         calibration: of the model's entropies, if they are known.
+        slots: what is read of memories by cross-attention, see :class:`hrs.retrieval.retriever.Retriever`.
         replica: this replica's name among them.
     """
 
@@ -55,6 +57,7 @@ class LocalBackend:
         folder: Path,
         *,
         calibration: Calibration | None = None,
+        slots: SlotMaker | None = None,
         replica: str = "0",
     ) -> None:
         model, config = opened.model, opened.config
@@ -73,7 +76,7 @@ class LocalBackend:
             width=model.d_model,
             vocab_size=model.vocab_size,
         )
-        self._calibration = calibration
+        self._calibration, self._slots = calibration, slots
         self._memories = Memories(model, opened.tokenizer, folder, settings)
         self.metrics.slots.set(settings.slots)
         self._engine = Engine(
@@ -84,7 +87,9 @@ class LocalBackend:
         threading.Thread(target=self._publish, name="figures", daemon=True).start()
 
     def _decoder(self) -> RetrievalDecoder:
-        return RetrievalDecoder(self._model, self._tokenizer, self._memories, self.settings, self._calibration)
+        return RetrievalDecoder(
+            self._model, self._tokenizer, self._memories, self.settings, self._calibration, self._slots
+        )
 
     # ---- texts -------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from hrs.data import data_fingerprint, open_tokens
 from hrs.data.store import TokenSplit
 from hrs.errors import HRSError
 from hrs.export.opening import OpenedModel, open_model
+from hrs.retrieval.bank.slots import slot_maker
 from hrs.retrieval.calibration import Calibration, calibrate
 from hrs.retrieval.engrams import model_fingerprint
+from hrs.retrieval.retriever import SlotMaker
 from hrs.storage import Storage, open_storage
 from hrs.training import Runtime
 from serve.local import LocalBackend
@@ -55,7 +57,23 @@ def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:
     opened.model.to(runtime.torch_device())
     folder = storage.root / "engrams" / f"{model_fingerprint(opened.model)}-served"
     calibration = gate_of(opened, storage, folder)
-    return LocalBackend(opened, settings, folder, calibration=calibration, replica=replica)
+    slots = slots_of(opened, storage)
+    return LocalBackend(opened, settings, folder, calibration=calibration, slots=slots, replica=replica)
+
+
+def slots_of(opened: OpenedModel, storage: Storage) -> SlotMaker | None:
+    """What turns memories into slots as in the model's training, or, where its base is not at hand, by the model
+    itself; None if it reads none.
+
+    Raises:
+        HRSError: if the slots of the model's config do not divide.
+    """
+    model, config, tokenizer = opened.model, opened.config, opened.tokenizer
+    try:
+        return slot_maker(model, config, tokenizer, storage.run(config.training.retrieval.base))
+    except HRSError as error:
+        _log.warning("memories are not read by the model's base but by the model itself: %s", error)
+        return slot_maker(model, config, tokenizer, None)
 
 
 def gate_of(opened: OpenedModel, storage: Storage, folder: Path) -> Calibration | None:

@@ -29,7 +29,7 @@ Mode = Literal["slots", "text", "both", "observe"]
 ``observe``: they are found and told, and nothing is done with them."""
 
 SlotMaker = Callable[[Sequence[Hit]], Tensor]
-"""Vectors [S, d] for cross-attention, from memories."""
+"""Vectors [S, d] for cross-attention, from memories, best first; S may be 0."""
 
 
 class Memories(Protocol):
@@ -137,7 +137,9 @@ class Retriever:
         segment_tokens: default half the model's context. Keys of about as long segments compare best.
         block: whose engrams the store holds, see :func:`hrs.retrieval.engrams.engrams`.
         separator: text between memories, and between them and the request's text.
-        slots: what is read of memories by cross-attention; default their keys.
+        slots: what is read of memories by cross-attention: for a trained model
+            :func:`hrs.retrieval.bank.slots.slot_maker` makes them as its training did. Default their keys, one vector
+            each.
 
     Raises:
         HRSError: if store, calibration or tokenizer belong to another model, the store to another block, or the model
@@ -236,7 +238,8 @@ class Retriever:
         if not hits:
             return None
         if self._slots is not None:
-            return self._slots(hits)
+            made = self._slots(hits)
+            return made if len(made) else None
         keys = np.stack([hit.key for hit in hits])
         _, first = np.unique(keys, axis=0, return_index=True)  # of equal ones attention would read a mean of one
         return torch.from_numpy(keys[np.sort(first)]).to(self._device)

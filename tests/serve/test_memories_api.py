@@ -2,6 +2,8 @@
 
 import base64
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +12,20 @@ import numpy as np
 import openai
 import pytest
 import torch
+import uvicorn
 
-from hrs.data import TokenStore
-from hrs.export.opening import OpenedModel
-from hrs.models import build_model
+from hrs.data import open_tokens
+from hrs.export.opening import OpenedModel, open_model
 from hrs.presets import experiment
+from hrs.retrieval.bank import open_bank, weights_fingerprint
+from hrs.retrieval.bank.slots import slot_maker
 from hrs.retrieval.engrams import engrams
+from hrs.retrieval.store import Hit, Memory
+from hrs.storage import Storage
+from hrs.training import Runtime, load_model, train
+from serve.api import make_api
+from serve.opening import open_backend, slots_of
+from serve.settings import Settings
 
 TEXTS = ["The wave and the tide", "The cloud and the star", "The wheat and the barn"]
 
@@ -223,29 +233,90 @@ def test_retrieval_by_default_uses_the_gate_of_the_settings(another: Callable) -
     assert len(events[0]["hits"]) == 3
 
 
-def test_a_model_with_retrieved_engrams_attends_to_what_was_found(
-    running: Callable, small_corpus: Path, small_store: TokenStore, tmp_path: Path
-) -> None:
-    changes = {"data.tokenizer": "bpe:300", "data.corpus": f"jsonl:{small_corpus}", "model.max_seq_len": "64"}
-    config = experiment("dense_retrieved", "micro", overrides=changes)
-    torch.manual_seed(0)
-    model = build_model(config.model).eval()
-    for parameter in model.parameters():  # a new model attends to memory with a weight of zero
-        torch.nn.init.normal_(parameter, std=0.2)
-    with (
-        running(OpenedModel(model, config, small_store.tokenizer, causal=True), tmp_path) as endpoint,
-        httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as http,
-    ):
-        remember(http, *TEXTS)
+# ---- slots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learned(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A storage with a base, and a model that has learned for two steps to read the slots it makes."""
+    storage = Storage(tmp_path_factory.mktemp("storage"))
+    small = {
+        "data.tokenizer": "bpe:300", "data.corpus": f"jsonl:{small_corpus}", "model.max_seq_len": 64,
+        "training.steps": 2, "training.validations": 0, "training.schedule.warmup_frac": 0.0,
+    }  # fmt: skip
+    config, runtime = experiment("dense_baseline", "micro", overrides=small), Runtime(device="cpu")
+    store = open_tokens(config.data, storage.tokens)
+    list(train(config, store, storage.run("base"), runtime))
+    named = {"base": "base", "fingerprint": weights_fingerprint(load_model(storage.run("base"))[0])}
+    named |= {"chunk_tokens": 8, "neighbours": 2}
+    changes = {f"training.retrieval.{name}": value for name, value in named.items()} | {"model.engram.slots": 16}
+    config = experiment("dense_retrieved", "micro", overrides=small | changes)
+    bank = open_bank(config, store, storage.run("base"), storage.root / "memories")
+    list(train(config, store, storage.run("reader"), runtime, memories=bank))
+    return storage
+
+
+@contextlib.contextmanager
+def served(storage: Storage) -> Iterator[httpx.Client]:
+    """An endpoint of the model, opened as a replica opens it."""
+    settings = Settings(model=str(storage.run("reader")), name="tiny", storage=str(storage.root), device="cpu")
+    backend = open_backend(settings)
+    server = uvicorn.Server(uvicorn.Config(make_api(backend), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        backend.close()
+        thread.join(timeout=10)
+
+
+def test_a_model_with_retrieved_engrams_attends_to_what_its_base_makes_of_what_was_found(learned: Storage) -> None:
+    long = "The wave and the tide and the ship and the storm and the harbour and the sail"
+    with served(learned) as http:
+        remember(http, long, *TEXTS)
 
         def ask(mode: str) -> dict:
-            retrieval = {"mode": mode, "k": 2, "threshold_bits": 0, "min_similarity": -1}
+            retrieval = {"mode": mode, "k": 3, "threshold_bits": 0, "min_similarity": -1}
             hrs = {"retrieval": retrieval, "details": True}
             body = {"model": "tiny", "prompt": "The", "seed": 1, "max_tokens": 14, "hrs": hrs}
             return http.post("/completions", json=body).json()["choices"][0]["hrs"]
 
         observed, attended = ask("observe"), ask("slots")
-    assert attended["retrieval"][0]["n_slots"] == 2
-    assert attended["retrieval"][0]["n_tokens"] == 0
+    event = attended["retrieval"][0]
+    opened = open_model(learned.run("reader"), learned.tokens)
+    texts = [hit["text"] for hit in event["hits"]]
+    assert len(texts) == 3
+    made = slot_maker(opened.model, opened.config, opened.tokenizer, learned.run("base"))
+    assert event["n_slots"] == len(made([as_hit(text) for text in texts[:2]]))  # as many as in training  # type: ignore
+    assert event["n_slots"] > 3 and event["n_tokens"] == 0
     assert [t["log_prob"] for t in attended["tokens"][:10]] == [t["log_prob"] for t in observed["tokens"][:10]]
     assert attended["tokens"][10]["entropy"] != observed["tokens"][10]["entropy"]
+
+
+def test_without_its_base_the_model_itself_reads_what_was_found_and_a_line_says_so(
+    learned: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = open_model(learned.run("reader"), learned.tokens)
+    hits = [as_hit(TEXTS[0])]
+    by_base, by_itself = (
+        slot_maker(opened.model, opened.config, opened.tokenizer, where) for where in (learned.run("base"), None)
+    )
+    with_base = slots_of(opened, learned)
+    assert not caplog.records
+    without = slots_of(opened, Storage(tmp_path))
+    (record,) = caplog.records
+    assert "does not exist" in record.getMessage() and "\n" not in record.getMessage()
+    assert torch.equal(with_base(hits), by_base(hits)) and torch.equal(without(hits), by_itself(hits))  # type: ignore
+    assert not torch.equal(with_base(hits), without(hits))  # type: ignore
+
+
+def as_hit(text: str) -> Hit:
+    memory = Memory(id="m-0", text=text, entropy=None, source="api", topic=None, created=0.0)
+    return Hit(memory=memory, similarity=1.0, key=np.zeros(1, dtype=np.float32))

@@ -72,16 +72,27 @@ def encode_chunks(
         # A short piece is filled with what follows, which no state of its own can see.
         places = np.minimum(starts[:, None] + np.arange(per_piece * c), len(split) - 1)
         ids = torch.from_numpy(split.tokens[places].astype(np.int64)).to(device)
-        hidden = model.encode(ids).hidden
-        states = hidden[..., : model.d_model].float()
+        keys, slots = encode_pieces(model, ids, config, n_slots)
         own = torch.from_numpy(np.arange(per_piece) < sizes[rows, None]).to(device)  # [P, per_piece]
-        keys = states.unflatten(1, (per_piece, c)).mean(2)[own]  # [n, d]
-        if config.values == "means":
-            slots = states.unflatten(1, (per_piece, n_slots, c // n_slots)).mean(3)[own]  # [n, n_slots, d]
-        else:
-            slots = _surprising(model, ids, hidden, config, n_slots)[own]
-        slots = F.rms_norm(slots, slots.shape[-1:])
-        yield keys.cpu().numpy(), slots.half().cpu().numpy()
+        yield keys[own].cpu().numpy(), slots[own].half().cpu().numpy()
+
+
+@torch.no_grad()
+def encode_pieces(model: LanguageModel, ids: Tensor, config: RetrievalConfig, n_slots: int) -> tuple[Tensor, Tensor]:
+    """Keys [P, m, d] and slots [P, m, n_slots, d] of the m chunks of each of some pieces, see :func:`encode_chunks`.
+
+    Args:
+        ids: [P, m * chunk_tokens], on the model's device.
+    """
+    c = config.chunk_tokens
+    hidden = model.encode(ids).hidden
+    states = hidden[..., : model.d_model].float()
+    keys = states.unflatten(1, (-1, c)).mean(2)  # [P, m, d]
+    if config.values == "means":
+        slots = states.unflatten(1, (-1, n_slots, c // n_slots)).mean(3)  # [P, m, n_slots, d]
+    else:
+        slots = _surprising(model, ids, hidden, config, n_slots)
+    return keys, F.rms_norm(slots, slots.shape[-1:])
 
 
 def _surprising(model: LanguageModel, ids: Tensor, hidden: Tensor, config: RetrievalConfig, n_slots: int) -> Tensor:

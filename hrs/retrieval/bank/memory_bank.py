@@ -26,21 +26,13 @@ from hrs.data import TokenStore
 from hrs.data.documents import SPLITS
 from hrs.errors import HRSError
 from hrs.files import built_once, whole_folder
-from hrs.identity import code_fingerprint
 from hrs.models import LanguageModel
+from hrs.retrieval.bank.base import base_of, slots_per_chunk
 from hrs.retrieval.bank.chunks import Chunks, cut, encode_chunks
 from hrs.retrieval.bank.keys import engram_similarities, nearest, word_similarities
-from hrs.retrieval.engrams import model_fingerprint
-from hrs.training import load_model
 
 SPARE = 4
 """Neighbours that are known beyond those that are read: a window may lie in documents that some of them come from."""
-
-
-def weights_fingerprint(model: LanguageModel) -> str:
-    """16 hex digits of a base's weights, and of the code that makes memories with them."""
-    code = code_fingerprint(Path(__file__).with_name(name) for name in ("memory_bank.py", "chunks.py", "keys.py"))
-    return hashlib.sha256("\n".join((model_fingerprint(model), code)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -119,33 +111,15 @@ def open_bank(config: ExperimentConfig, store: TokenStore, base_directory: Path,
             do not divide, or the text has no chunk.
     """
     retrieval, n_slots = config.training.retrieval, config.model.engram.slots
-    base, base_config = load_model(base_directory)
-    if (fingerprint := weights_fingerprint(base)) != retrieval.fingerprint:
-        raise HRSError(
-            f"the base in {base_directory} has fingerprint {fingerprint} and training.retrieval.fingerprint says "
-            f"{retrieval.fingerprint or 'nothing'}: name the run that the config was made for"
-        )
-    if (base_config.model.d_model, base_config.model.max_seq_len) != (config.model.d_model, config.model.max_seq_len):
-        raise HRSError("the base and the run that reads its memories must have one d_model and one max_seq_len")
-    per_chunk, rest = divmod(n_slots, 2 * retrieval.neighbours)
-    if rest or not 0 < per_chunk <= retrieval.chunk_tokens:
-        raise HRSError(
-            f"engram.slots {n_slots} must be a multiple of 2 * training.retrieval.neighbours = "
-            f"{2 * retrieval.neighbours}, and at most chunk_tokens {retrieval.chunk_tokens} times that"
-        )
-    if retrieval.values == "means" and retrieval.chunk_tokens % per_chunk:
-        raise HRSError(f"chunk_tokens {retrieval.chunk_tokens} do not make {per_chunk} equal parts per chunk")
-    if retrieval.chunk_tokens > base.max_seq_len:
-        raise HRSError(
-            f"training.retrieval.chunk_tokens {retrieval.chunk_tokens} is longer than max_seq_len {base.max_seq_len}"
-        )
+    base, per_chunk = base_of(config, base_directory), slots_per_chunk(config)
     # What only training does with the memories does not make another bank.
     same = canonical_json(dataclasses.replace(retrieval, base="", fingerprint="", memory="right"))
-    key = hashlib.sha256("\n".join((fingerprint, store.fingerprint, same, str(n_slots))).encode()).hexdigest()[:16]
+    parts = (retrieval.fingerprint, store.fingerprint, same, str(n_slots))
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = root / key
 
     def read(folder: Path) -> MemoryBank | None:
-        return _open(folder, store, base, fingerprint, retrieval)
+        return _open(folder, store, base, retrieval)
 
     def build() -> MemoryBank:
         _build(base, store, retrieval, per_chunk, folder)
@@ -207,9 +181,7 @@ def _encode(
     return keys
 
 
-def _open(
-    folder: Path, store: TokenStore, base: LanguageModel, fingerprint: str, config: RetrievalConfig
-) -> MemoryBank | None:
+def _open(folder: Path, store: TokenStore, base: LanguageModel, config: RetrievalConfig) -> MemoryBank | None:
     """The bank in a folder; None if a file is missing or cut off."""
     try:
         files = json.loads((folder / "bank.json").read_text(encoding="utf-8"))["files"]
@@ -223,7 +195,7 @@ def _open(
         return None
     return MemoryBank(
         store=store,
-        fingerprint=fingerprint,
+        fingerprint=config.fingerprint,
         base_weights=base.state_dict(),
         window=base.max_seq_len,
         chunk_tokens=config.chunk_tokens,
