@@ -11,7 +11,6 @@ same model is done once; submitting it again prints it.
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,20 +21,17 @@ from typing import TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
-from hrs.cluster.preflight import connect, preflight
+from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig
-from hrs.data import open_tokens
 from hrs.errors import HRSError
-from hrs.export import open_model
-from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.needle.plan import NeedlePlan
 from hrs.retrieval.needle.report import HEAT_MAP, draw_heat_map, format_tables, page
 from hrs.retrieval.needle.result import NeedleResult, measure_needles, measurement_key
 from hrs.retrieval.segments import default_cut
 from hrs.storage import Storage, open_storage
-from hrs.tracking import Tracker, resolve_model
-from hrs.training import Runtime
+from hrs.tracking import Tracker
 from jobs.entry import run_entry
+from jobs.measuring import Measurement, open_subject, require_model, save_whole, tell, track
 
 STUDY = "needles"
 T = TypeVar("T")
@@ -106,8 +102,8 @@ def numbers(text: str, kind: Callable[[str], T], option: str) -> tuple[T, ...]:
 
 def measure(task: Task, storage: Storage) -> Iterator[str | Measured]:
     """What a worker does; yields lines to print, and at last where the results are."""
-    opened, options = open_model(task.model, storage.tokens), task.options
-    model = opened.model.to(Runtime().torch_device())
+    subject, options = open_subject(task.model, storage), task.options
+    opened, tokens, model = subject.opened, subject.tokens, subject.opened.model
     plan = NeedlePlan(
         cut=default_cut(model, options.condition, options.segment),
         split=options.split,
@@ -119,13 +115,9 @@ def measure(task: Task, storage: Storage) -> Iterator[str | Measured]:
         new_tokens=options.new_tokens,
         seed=options.seed,
     )
-    tokens = open_tokens(opened.config.data, storage.tokens)
-    if tokens.tokenizer.to_str() != opened.tokenizer.to_str():
-        raise HRSError("the corpus has changed since this model was trained, and its tokenizer with it: train again")
-    fingerprint = model_fingerprint(model)
-    key = measurement_key(plan, fingerprint, tokens.fingerprint)
+    key = measurement_key(plan, subject.fingerprint, tokens.fingerprint)
     folder = storage.root / "needles" / key
-    yield f"model {fingerprint}: {opened.config.preset}, {opened.config.data.corpus}"
+    yield f"model {subject.fingerprint}: {opened.config.preset}, {opened.config.data.corpus}"
     if opened.causal is False:
         yield "warning: this model is not causal (hrs audit tells more)"
     if not (folder / RESULT).exists():
@@ -147,53 +139,40 @@ def save(result: NeedleResult, folder: Path, title: str, command: str) -> None:
     draw_heat_map(result, folder / HEAT_MAP)
     (folder / TABLES).write_text(format_tables(result) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(page(result, title, command), encoding="utf-8")
-    part = folder / f"{RESULT}.part"
-    part.write_text(result.to_json(), encoding="utf-8")
-    os.replace(part, folder / RESULT)
+    save_whole(folder / RESULT, result.to_json())
 
 
-def track(measured: Measured, tracker: Tracker) -> None:
-    """Log numbers and files as a run of its own, once."""
-    if measured.key in tracker.finished([measured.key]):
-        return
-    metrics = json.loads((measured.folder / RESULT).read_text(encoding="utf-8"))["metrics"]
-    study_id = tracker.open_study(STUDY, {}, extend=True)
+def measurement_of(measured: Measured) -> Measurement:
+    """As MLflow keeps it."""
     config = measured.config
-    with tracker.open_run(measured.key, study_id, config, measured.data_fingerprint) as run:
-        name = f"needles {config.preset} {config.scale} seed {config.seed}"
-        run.set_tags({"mlflow.runName": name, "hrs.kind": "needles", "causal": str(measured.causal).lower()})
-        run.log(0, metrics)
-        for file in (RESULT, TABLES, PAGE, HEAT_MAP):
-            run.log_artifact(measured.folder / file)
-    tracker.close_study(study_id, "finished")
+    return Measurement(
+        key=measured.key,
+        study=STUDY,
+        name=f"needles {config.preset} {config.scale} seed {config.seed}",
+        kind="needles",
+        config=config,
+        data_fingerprint=measured.data_fingerprint,
+        causal=measured.causal,
+        metrics=json.loads((measured.folder / RESULT).read_text(encoding="utf-8"))["metrics"],
+        files=[measured.folder / file for file in (RESULT, TABLES, PAGE, HEAT_MAP)],
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, track and print; always 0."""
     options = parse(arguments)
     storage = open_storage()
-    model = resolve_model(storage, options.model).resolve()
-    if not model.exists():
-        raise HRSError(
-            f"model {options.model} does not exist: name a run's directory, an artifact or mlflow:NAME@ALIAS"
-        )
+    model = require_model(storage, options.model)
     words = sys.argv[1:] if arguments is None else list(arguments)
     task = Task(model=model, options=options, command=f"python jobs/needle.py {shlex.join(words)}")
     preflight(storage)
     tracker = Tracker(storage)
-    cards = connect(storage).get("GPU", 0.0)
-    import ray
-
-    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards), max_retries=0)(measure)
-    try:
-        for told in map(ray.get, worker.remote(task, storage)):
-            if isinstance(told, Measured):
-                track(told, tracker)
-                print(f"\n{(told.folder / TABLES).read_text(encoding='utf-8')}\nresults: {told.folder}", flush=True)
-            else:
-                print(told, flush=True)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+    for told in tell(measure, [(task, storage)], storage):
+        if isinstance(told, Measured):
+            track(measurement_of(told), tracker)
+            print(f"\n{(told.folder / TABLES).read_text(encoding='utf-8')}\nresults: {told.folder}", flush=True)
+        else:
+            print(told, flush=True)
     return 0
 
 

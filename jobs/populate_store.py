@@ -20,7 +20,7 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
-from hrs.cluster.preflight import connect, preflight
+from hrs.cluster.preflight import preflight
 from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.export import open_model
@@ -29,9 +29,9 @@ from hrs.retrieval.populate import QUANTILES, Filled, Population, populate
 from hrs.retrieval.segments import Condition, default_cut
 from hrs.retrieval.store import EngramStore, Normalisation
 from hrs.storage import Storage, open_storage
-from hrs.tracking import resolve_model
 from hrs.training import Runtime
 from jobs.entry import run_entry
+from jobs.measuring import require_model, tell
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,13 +92,8 @@ def task_of(options: argparse.Namespace, storage: Storage) -> Task:
         raise HRSError("--condition both fills two stores, and --store names one: leave one of the two out")
     if not 0 <= options.keep_above < 1:
         raise HRSError(f"--keep-above must be a quantile from 0 up to 1, got {options.keep_above:g}")
-    model = resolve_model(storage, options.model).resolve()
-    if not model.exists():
-        raise HRSError(
-            f"model {options.model} does not exist: name a run's directory, an artifact or mlflow:NAME@ALIAS"
-        )
     return Task(
-        model=model,
+        model=require_model(storage, options.model),
         split=options.split,
         corpus=options.corpus,
         store=None if options.store is None else options.store.resolve(),
@@ -163,15 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     storage = open_storage()
     task = task_of(options, storage)
     preflight(storage)
-    cards = connect(storage).get("GPU", 0.0)
-    import ray
-
-    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards), max_retries=0)(fill)
-    try:
-        for line in worker.remote(task, storage):
-            print(ray.get(line), flush=True)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+    for line in tell(fill, [(task, storage)], storage):
+        print(line, flush=True)
     return 0
 
 

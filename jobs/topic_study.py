@@ -13,7 +13,7 @@ or beside the model, and copies with the run to MLflow.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 import numpy as np
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
-from hrs.cluster.preflight import connect, preflight
+from hrs.cluster.preflight import preflight
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation.separation import Segments
@@ -49,6 +49,7 @@ from hrs.tracking import Tracker
 from hrs.training import Runtime
 from jobs.entry import run_entry
 from jobs.export import best_run
+from jobs.measuring import find_model, tell
 
 FITTED, HELD_OUT = "train", "validation"
 CENTRED = "trained, centred"
@@ -78,7 +79,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
     parser = argparse.ArgumentParser(prog="jobs/topic_study.py", description="Measure what engrams know of topics.")
     parser.add_argument(
-        "source", metavar="STUDY|RUN_DIRECTORY|ARTIFACT", help="a study's name such as v1-tiny, a directory or a file"
+        "source",
+        metavar="STUDY|MODEL",
+        help="a study's name such as v1-tiny, a run's directory, a checkpoint, an artifact or mlflow:NAME@ALIAS",
     )
     parser.add_argument("--seeds", type=int, default=3, help="classifiers trained for each kind of engram (default 3)")
     parser.add_argument("--draws", type=int, default=10, help="texts drawn anew for each stress test (default 10)")
@@ -91,8 +94,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(path: Path, storage: Storage, n_seeds: int, draws: int) -> TopicStudy:
-    """What a worker does: open the model and its data, score pairs at both scales, then run the stress tests."""
+def measure(path: Path, storage: Storage, n_seeds: int, draws: int) -> Iterator[str | TopicStudy]:
+    """What a worker does: open the model and its data, score pairs at both scales, then run the stress tests.
+
+    Yields lines to print, and at last what was measured.
+    """
     model, config = load(path)
     model.to(Runtime().torch_device())
     store = open_tokens(config.data, storage.tokens)
@@ -112,12 +118,13 @@ def measure(path: Path, storage: Storage, n_seeds: int, draws: int) -> TopicStud
             own = part["trained"]
             part[CENTRED] = Engrams(vectors=own.vectors - means[scale], documents=own.documents)
         pairs[scale] = score_pairs(fitted, held_out, tuple(range(n_seeds)))
+        yield f"scored pairs at {scale} scale"
     embeds = {name: embed_text(source, store, model) for name, source in sources.items()}
     embeds["random"] = random_embed(model.d_model, config.seed)
     embeds[CENTRED] = lambda text: embeds["trained"](text) - means["article"]
     joins = {name: join_threshold(score.threshold) for name, score in pairs["article"].items()}
     stress = {name: stress_suite(embeds[name], Thresholds.of(join), draws=draws) for name, join in joins.items()}
-    return TopicStudy(pairs=pairs, stress=stress, joins=joins)
+    yield TopicStudy(pairs=pairs, stress=stress, joins=joins)
 
 
 def pieces_of(scale: Scale, store: TokenStore, model: LanguageModel, split: str) -> Pieces:
@@ -225,10 +232,10 @@ def places(source: str, storage: Storage, tracker: Tracker) -> tuple[Path, Path]
     Raises:
         HRSError: if there is no such file or directory and no such study, or the study has no run to measure.
     """
-    path = Path(source)
-    if path.exists():
-        path = path.resolve()
-        return path, (path.parent if path.is_file() else path) / "topics"
+    if (path := find_model(storage, source)) is not None:
+        # A checkpoint's own folder holds what was saved and nothing else.
+        home = path.parent.parent if path.parent.name == "checkpoints" else path.parent if path.is_file() else path
+        return path, home / "topics"
     best = best_run(source, tracker.study_records(source, with_history=False))
     print(f"best causal run: {best.preset}/{best.seed}, {best.metrics['bits_per_byte']:.4f} bits per byte")
     return storage.run(best.key), storage.report(source)
@@ -241,15 +248,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preflight(storage)
     tracker = Tracker(storage)
     path, folder = places(options.source, storage, tracker)
-    cards = connect(storage).get("GPU", 0.0)
-    import ray
+    for told in tell(measure, [(path, storage, options.seeds, options.draws)], storage):
+        if isinstance(told, TopicStudy):
+            report(told, options.source, path, folder, storage, tracker)
+        else:
+            print(told, flush=True)
+    return 0
 
-    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards))(measure)
-    try:
-        study = ray.get(worker.remote(path, storage, options.seeds, options.draws))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
-    text = page(study, options.source)
+
+def report(study: TopicStudy, source: str, path: Path, folder: Path, storage: Storage, tracker: Tracker) -> None:
+    """Print the tables and keep them, with a copy in MLflow if the model is a finished run's."""
+    text = page(study, source)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "topics.json", folder / "topics.md"]
     files[0].write_text(json.dumps({"model": str(path)} | study.to_dict(), indent=1), encoding="utf-8")
@@ -260,7 +269,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tracker.log_run_artifacts(key, files, "topics")
     else:
         print("not tracked: this is not the directory of a finished run of this storage")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ retrieved, so the three conditions are paired document by document::
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ Control = Literal["right", "shuffled", "off"]
 _QUERIES_PER_DOCUMENT = 4
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -79,6 +80,16 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Walked:
+    """How far a walk is."""
+
+    control: Control
+    done: int
+    total: int
+    """Documents."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalReport:
     """Three walks over one split, and their differences paired by document: below 0 is better."""
 
@@ -96,6 +107,8 @@ class RetrievalReport:
     """What it adds that the right memories are found."""
     documents: dict[Control, list[float]]
     """Bits of each document."""
+    document_bytes: list[int]
+    """Length of each document in UTF-8."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -127,6 +140,7 @@ def measure_retrieval(
     *,
     sources: Sequence[str] | None = None,
     keep: int | None = None,
+    documents: int | None = None,
     seed: int = 0,
 ) -> RetrievalReport:
     """Walk over a split three times, see :func:`retrieval_bits`, and compare.
@@ -134,10 +148,25 @@ def measure_retrieval(
     Raises:
         HRSError: see there.
     """
-    walks = {
-        control: retrieval_bits(retriever, text, options, sources=sources, control=control, keep=keep, seed=seed)
-        for control in get_args(Control)
-    }
+    return _returned(
+        follow_retrieval(retriever, text, options, sources=sources, keep=keep, documents=documents, seed=seed)
+    )
+
+
+def follow_retrieval(
+    retriever: Retriever,
+    text: TokenSplit,
+    options: RetrievalOptions,
+    *,
+    sources: Sequence[str] | None = None,
+    keep: int | None = None,
+    documents: int | None = None,
+    seed: int = 0,
+) -> Generator[Walked, None, RetrievalReport]:
+    """The same, telling after each document how far it is: ``report = yield from follow_retrieval(...)``."""
+    walks: dict[Control, RetrievalBits] = {}
+    for control in get_args(Control):
+        walks[control] = yield from _follow(retriever, text, options, sources, control, keep, documents, seed)
     right, shuffled, off = (
         Scores(seeds=(0,), numerators=walks[c].bits[None], denominators=walks[c].n_bytes.astype(np.float64))
         for c in get_args(Control)
@@ -170,6 +199,7 @@ def measure_retrieval(
         shuffled_minus_off=gaps[1],
         right_minus_shuffled=gaps[2],
         documents={control: walk.bits.tolist() for control, walk in walks.items()},
+        document_bytes=walks["off"].n_bytes.tolist(),
     )
 
 
@@ -181,9 +211,10 @@ def retrieval_bits(
     sources: Sequence[str] | None = None,
     control: Control = "right",
     keep: int | None = None,
+    documents: int | None = None,
     seed: int = 0,
 ) -> RetrievalBits:
-    """Walk over all documents of a split with retrieval, with another text's retrievals, or with none.
+    """Walk over the documents of a split with retrieval, with another text's retrievals, or with none.
 
     Documents without text are passed over. A document is predicted from an end of text on, alone.
 
@@ -191,12 +222,27 @@ def retrieval_bits(
         sources: [n_docs], what :attr:`hrs.retrieval.store.Memory.source` is called for memories of each document: none
             of those are retrieved for it. Default the titles, as :mod:`hrs.retrieval.segments` has it.
         keep: tokens a new window starts with when the context is full, see :func:`hrs.generation.generate`.
+        documents: only the first so many that have text; None for all.
         seed: of the queries that ``shuffled`` takes.
 
     Raises:
         HRSError: if there is no gate, the model cannot read memories as the mode says, ``sources`` do not fit the
-            split, the split has no text, or ``shuffled`` has no other document to take queries from.
+            split, the split has no text, ``documents`` is below 1, or ``shuffled`` has no other document to take
+            queries from.
     """
+    return _returned(_follow(retriever, text, options, sources, control, keep, documents, seed))
+
+
+def _follow(
+    retriever: Retriever,
+    text: TokenSplit,
+    options: RetrievalOptions,
+    sources: Sequence[str] | None,
+    control: Control,
+    keep: int | None,
+    documents: int | None,
+    seed: int,
+) -> Generator[Walked, None, RetrievalBits]:
     if control not in get_args(Control):
         raise HRSError(f"unknown control '{control}': choose one of {', '.join(get_args(Control))}")
     sources = text.titles if sources is None else sources
@@ -205,8 +251,10 @@ def retrieval_bits(
             f"there are {len(sources)} sources for {len(text.n_bytes)} documents: name the source of every document, "
             "so that none is given its own text"
         )
+    if documents is not None and documents < 1:
+        raise HRSError(f"retrieval is measured on 1 document or more, got {documents}")
     retriever.gate(options)  # refuses what cannot work, before anything is computed
-    written = [int(i) for i in np.flatnonzero(text.n_bytes)]
+    written = [int(i) for i in np.flatnonzero(text.n_bytes)[:documents]]
     if not written:
         raise HRSError("this split has no text to measure retrieval on: give another")
     strangers = _Strangers(retriever, text, written, sources, seed) if control == "shuffled" else None
@@ -225,6 +273,7 @@ def retrieval_bits(
         walk = Walk(retriever, ids, excluded, None if control == "off" else find, keep)
         walk.run()
         walks.append(walk)
+        yield Walked(control=control, done=len(walks), total=len(written))
     similarities = [s for walk in walks for s in walk.similarities]
     return RetrievalBits(
         control=control,
@@ -238,13 +287,23 @@ def retrieval_bits(
     )
 
 
+def _returned(steps: Generator[Any, None, T]) -> T:
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            returned: T = end.value
+            return returned
+
+
 class _Strangers:
     """Queries from all documents of a split, for each other's firings."""
 
     def __init__(
         self, retriever: Retriever, text: TokenSplit, written: list[int], sources: Sequence[str], seed: int
     ) -> None:
-        self._retriever, self._sources, self._seed = retriever, sources, seed
+        self._retriever, self._source_of, self._seed = retriever, sources, seed
         self._random: dict[int, np.random.Generator] = {}
         segments, owners = [], []
         for document in written:
@@ -252,16 +311,15 @@ class _Strangers:
             count = min(_QUERIES_PER_DOCUMENT, end - start)
             for stop in np.linspace(end, start, count, endpoint=False).astype(int):
                 segments.append(retriever.segment(text.tokens[start:stop].tolist()))
-                owners.append(document)
+                owners.append(sources[document])
         self._queries, self._owners = retriever.queries(segments), np.array(owners)
 
     def find(self, document: int, options: RetrievalOptions) -> tuple[Hit, ...]:
         """What another document, drawn at random, would be given; nothing of this one, nor of that one."""
         random = self._random.setdefault(document, np.random.default_rng([self._seed, document]))
-        of_source = np.array([self._sources[owner] for owner in self._owners])
-        others = np.flatnonzero(of_source != self._sources[document])
+        others = np.flatnonzero(self._owners != self._source_of[document])
         if len(others) == 0:
             raise HRSError("the control 'shuffled' needs a document of another source: give a split with several")
         chosen = int(random.choice(others))
-        excluded = (*options.exclude_sources, self._sources[int(self._owners[chosen])])
+        excluded = (*options.exclude_sources, str(self._owners[chosen]))
         return self._retriever.find(self._queries[chosen], dataclasses.replace(options, exclude_sources=excluded))

@@ -34,6 +34,8 @@ from hrs.models.base import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.entropy import Gate, GateSettings, RollingEntropy
 
+QUANTILE, RELEASE_QUANTILE = 0.9, 0.7
+"""Of the rolling mean, by default: for the threshold and for the release."""
 _LOGITS_AT_ONCE = 2**24
 _GRID = np.linspace(0, 1, 101)
 
@@ -149,8 +151,8 @@ def calibrate(
     model: LanguageModel,
     text: TokenSplit,
     *,
-    quantile: float = 0.9,
-    release_quantile: float = 0.7,
+    quantile: float = QUANTILE,
+    release_quantile: float = RELEASE_QUANTILE,
     window: int = 10,
     cooldown: int = 10,
     batch_windows: int = 16,
@@ -183,8 +185,8 @@ def calibrate_entropies(
     document_starts: NDArray[np.int64],
     fingerprint: str,
     *,
-    quantile: float = 0.9,
-    release_quantile: float = 0.7,
+    quantile: float = QUANTILE,
+    release_quantile: float = RELEASE_QUANTILE,
     window: int = 10,
     cooldown: int = 10,
 ) -> Calibration:

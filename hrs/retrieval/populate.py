@@ -8,23 +8,27 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from hrs.data.store import TokenStore
 from hrs.errors import HRSError
+from hrs.identity import code_fingerprint
 from hrs.models.base import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.segments import Cut, Segment, cut_split, read_segments
-from hrs.retrieval.store import EngramStore, NewMemory
+from hrs.retrieval.store import EngramStore, NewMemory, Normalisation
 
 SEGMENTS_PER_PIECE = 256
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_WHOLE = "whole.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +135,44 @@ def populate(
     if added and memories.normalisation != "none":
         memories.fit()
     yield dataclasses.replace(state, stage="done", done=len(kept), n_added=added, n_in_store=len(memories))
+
+
+def populated_once(
+    model: LanguageModel,
+    tokens: TokenStore,
+    population: Population,
+    root: Path,
+    *,
+    normalisation: Normalisation = "centred",
+    block: int | None = None,
+) -> Generator[Filled, None, EngramStore]:
+    """A store that holds exactly one population, in a folder below ``root`` named by all that its content follows
+    from. Yields as :func:`populate` does if there is something to fill, and returns the store. Of many processes at
+    once one fills it and the others wait.
+
+    Raises:
+        HRSError: see :func:`populate`.
+    """
+    fingerprint = model_fingerprint(model)
+    content = {
+        "population": dataclasses.asdict(population),
+        "model": fingerprint,
+        "data": tokens.fingerprint,
+        "normalisation": normalisation,
+        "block": block,
+        "code": code_fingerprint(Path(__file__).parent.rglob("*.py")),
+    }
+    folder = root / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        store = EngramStore.open(
+            folder, fingerprint=fingerprint, width=model.d_model, normalisation=normalisation, block=block
+        )
+        if not (folder / _WHOLE).exists():
+            yield from populate(model, tokens, population, store, folder / "readings")
+            shutil.rmtree(folder / "readings")
+            (folder / _WHOLE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return store
 
 
 def _reading_key(population: Population, memories: EngramStore, tokens: TokenStore) -> str:

@@ -16,7 +16,7 @@ from hrs.data import TokenStore
 from hrs.data.store import TokenSplit
 from hrs.errors import HRSError
 from hrs.generation import SampledToken, Sampling, window_length
-from hrs.retrieval.bits import RetrievalReport, measure_retrieval, retrieval_bits
+from hrs.retrieval.bits import RetrievalReport, Walked, follow_retrieval, measure_retrieval, retrieval_bits
 from hrs.retrieval.engine import RetrievalEngine
 from hrs.retrieval.entropy import GateSettings
 from hrs.retrieval.retriever import RetrievalEvent, RetrievalOptions, Retriever
@@ -222,8 +222,33 @@ def test_the_report_pairs_documents(reads: Retriever, small_store: TokenStore) -
     assert held.n_events == held.n_used > 0 and 0.3 < held.share_injected < 5 / 9 + 0.01
     assert held.similarity is not None and held.similarity > (report.conditions["shuffled"].similarity or 0) - 1
     assert (report.n_documents, report.n_bytes) == (4, n_bytes.sum())
+    assert report.document_bytes == n_bytes.tolist()
     assert RetrievalReport.from_json(report.to_json()) == report
     assert report.options["gate"]["cooldown"] == 8
+
+
+def test_the_first_documents_are_walked_one_after_the_other(reads: Retriever, small_store: TokenStore) -> None:
+    """Those with text: they count, and the walk tells of each."""
+    text = first_documents(small_store, 4)
+    n_bytes = text.n_bytes.copy()
+    n_bytes[1] = 0
+    walking = follow_retrieval(reads, dataclasses.replace(text, n_bytes=n_bytes), ANYTHING, documents=2)
+    told = []
+    while True:
+        try:
+            told.append(next(walking))
+        except StopIteration as end:
+            report = end.value
+            break
+    assert told == [
+        Walked(control=control, done=done, total=2)  # type: ignore[arg-type]
+        for control in ("right", "shuffled", "off")
+        for done in (1, 2)
+    ]
+    assert report.document_bytes == text.n_bytes[[0, 2]].tolist()
+    off = retrieval_bits(reads, text, ANYTHING, control="off", documents=3)
+    assert report.documents["off"] == off.bits[[0, 2]].tolist()
+    assert len(retrieval_bits(reads, text, ANYTHING, control="off", documents=99).bits) == 4
 
 
 @pytest.mark.parametrize("spoilt", ["[]", "{", '{"options": {}}'])
@@ -238,6 +263,7 @@ def test_what_cannot_be_measured_is_refused(reads: Retriever, small_store: Token
         ("name the source of every document", {"sources": []}),
         ("unknown control 'none'", {"sources": ["a"], "control": "none"}),
         ("needs a gate", {"sources": ["a"], "options": RetrievalOptions()}),
+        ("on 1 document or more, got 0", {"sources": ["a"], "documents": 0}),
         ("no text to measure", {"sources": ["a"], "text": dataclasses.replace(text, n_bytes=np.zeros(1, np.int64))}),
     )
     for said, changes in refused:

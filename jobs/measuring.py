@@ -1,0 +1,134 @@
+"""What jobs that measure models share: finding a model, a worker for each, whole results, runs in MLflow."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hrs.cluster.preflight import connect
+from hrs.config import ExperimentConfig
+from hrs.data import TokenStore, open_tokens
+from hrs.errors import HRSError
+from hrs.export import OpenedModel, open_model
+from hrs.retrieval.engrams import model_fingerprint
+from hrs.storage import Storage
+from hrs.tracking import Tracker, resolve_model
+from hrs.training import Runtime
+
+
+def find_model(storage: Storage, source: str) -> Path | None:
+    """Where the model lies that a path or ``mlflow:NAME@ALIAS`` names; None if that is no model's name.
+
+    Raises:
+        HRSError: for a registered name, alias or version that does not exist.
+    """
+    path = resolve_model(storage, source).resolve()
+    return path if path.exists() else None
+
+
+def require_model(storage: Storage, source: str) -> Path:
+    """The same of a model that must exist.
+
+    Raises:
+        HRSError: if it does not.
+    """
+    if (path := find_model(storage, source)) is None:
+        raise HRSError(f"model {source} does not exist: name a run's directory, an artifact or mlflow:NAME@ALIAS")
+    return path
+
+
+# ---- in a worker -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Subject:
+    """A model that is measured, on this worker's device, and the corpus it was trained on."""
+
+    opened: OpenedModel
+    tokens: TokenStore
+    fingerprint: str
+    """See :func:`hrs.retrieval.engrams.model_fingerprint`."""
+
+
+def open_subject(path: Path, storage: Storage) -> Subject:
+    """A model with its corpus.
+
+    Raises:
+        HRSError: if it cannot be opened, or the corpus has another tokenizer by now.
+    """
+    opened = open_model(path, storage.tokens)
+    opened.model.to(Runtime().torch_device())
+    tokens = open_tokens(opened.config.data, storage.tokens)
+    if tokens.tokenizer.to_str() != opened.tokenizer.to_str():
+        raise HRSError("the corpus has changed since this model was trained, and its tokenizer with it: train again")
+    return Subject(opened=opened, tokens=tokens, fingerprint=model_fingerprint(opened.model))
+
+
+def save_whole(path: Path, text: str) -> None:
+    """Write a file whose presence says that all is done: the whole of it, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+# ---- in the job ------------------------------------------------------------------------------------------------------
+
+
+def tell(function: Callable[..., Iterator[Any]], tasks: Sequence[tuple[Any, ...]], storage: Storage) -> Iterator[Any]:
+    """What ``function(*task)`` yields in a worker for each task, one core each, as it comes.
+
+    A worker that fails stops no other: its error is raised when all have ended, the first of several.
+    """
+    cards = connect(storage).get("GPU", 0.0)
+    import ray
+
+    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards), max_retries=0)(function)
+    streams: list[Any] = [worker.remote(*task) for task in tasks]
+    errors: list[BaseException] = []
+    while streams:
+        (stream,), _ = ray.wait(streams, num_returns=1)
+        try:
+            told = ray.get(next(stream))
+        except StopIteration:
+            streams.remove(stream)
+        except ray.exceptions.RayError as error:
+            streams.remove(stream)
+            errors.append(getattr(error, "cause", None) or error)
+        else:
+            yield told
+    if errors:
+        raise errors[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One result as MLflow keeps it: a run of its own in a study of its own."""
+
+    key: str
+    study: str
+    name: str
+    """Of the run."""
+    kind: str
+    config: ExperimentConfig
+    """Of the model."""
+    data_fingerprint: str
+    causal: bool | None
+    metrics: Mapping[str, float]
+    files: Sequence[Path]
+
+
+def track(measurement: Measurement, tracker: Tracker) -> None:
+    """Log numbers and files, once."""
+    key = measurement.key
+    if key in tracker.finished([key]):
+        return
+    study_id = tracker.open_study(measurement.study, {}, extend=True)
+    with tracker.open_run(key, study_id, measurement.config, measurement.data_fingerprint) as run:
+        causal = str(measurement.causal).lower()
+        run.set_tags({"mlflow.runName": measurement.name, "hrs.kind": measurement.kind, "causal": causal})
+        run.log(0, measurement.metrics)
+        for file in measurement.files:
+            run.log_artifact(file)
+    tracker.close_study(study_id, "finished")
