@@ -42,7 +42,8 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         422: "A limit of this endpoint is exceeded",
         429: "The queue is full; see Retry-After",
-        503: "The endpoint is stopping, or its model cannot be run",
+        500: "The server failed, or the process of the model ended before it answered",
+        503: "The endpoint is starting or stopping, or its model cannot be run",
     }.items()
 }
 
@@ -78,12 +79,12 @@ def make_api(backend: Backend) -> FastAPI:
         return JSONResponse({"status": "ok", **report, **stopping}, 503 if stopping else 200)
 
     @api.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    def metrics() -> Response:
         """Prometheus' text format."""
         return Response(backend.prometheus(), media_type="text/plain; version=0.0.4")
 
     @api.get("/", include_in_schema=False)
-    async def playground() -> HTMLResponse:
+    def playground() -> HTMLResponse:
         if not PLAYGROUND.is_file():
             raise ApiError(404, "there is no page here: the API's description is at /docs")
         return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"))

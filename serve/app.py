@@ -4,10 +4,7 @@ Ingress and model are one deployment. A request then passes one process boundary
 of its own, every token of every stream would pass two.
 """
 
-import asyncio
 import os
-import time
-from typing import Any
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
@@ -17,8 +14,6 @@ from serve.api import make_api
 from serve.opening import open_backend
 from serve.settings import Settings
 
-_DRAIN_POLL_SECONDS = 0.05
-
 
 @ray_serve.deployment(name="hrs")
 @ray_serve.ingress()
@@ -26,20 +21,17 @@ class Replica:
     """One model in one process, with its HTTP application."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
         self._backend = open_backend(settings, replica=ray_serve.get_replica_context().replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self._backend)
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """``{"draining": True}``: refuse new requests, and return when the running ones are finished or cut off."""
-        self._backend.draining = bool(user_config.get("draining", False))
-        if not self._backend.draining:
-            return
-        end = time.monotonic() + self._settings.grace_seconds
-        while self._backend.n_running and time.monotonic() < end:
-            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+    async def drain(self) -> None:
+        """Refuse new requests from now on; running replies go on."""
+        self._backend.draining = True
+
+    async def cut_off(self) -> None:
+        """End the running replies; their clients are told that the endpoint stopped."""
         self._backend.abort()
 
     def check_health(self) -> None:
@@ -55,13 +47,8 @@ class Replica:
             backend.close()
 
 
-def build(args: Settings) -> Application:
-    """The application of ``args``; what ``serve deploy`` calls with those of its file."""
-    return application(args)
-
-
-def application(settings: Settings, *, draining: bool = False) -> Application:
-    """The same, or with ``draining`` one whose replicas refuse new requests and let the running ones finish."""
+def build(settings: Settings) -> Application:
+    """What ``hrs serve`` runs, and ``serve deploy`` with the ``args`` of its file."""
     deployment = Replica.options(  # type: ignore[attr-defined]
         max_ongoing_requests=_most_requests(settings),
         autoscaling_config={
@@ -75,7 +62,6 @@ def application(settings: Settings, *, draining: bool = False) -> Application:
         graceful_shutdown_timeout_s=settings.grace_seconds,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=5,
-        user_config={"draining": draining},
     )
     return deployment.bind(settings)
 

@@ -8,15 +8,14 @@ import signal
 import socket
 import tempfile
 import threading
-import time
 from types import FrameType
-from typing import Any
 
 import torch
 
 from hrs.errors import HRSError
 from hrs.export.opening import open_model
 from hrs.storage import open_storage
+from serve.draining import drain
 from serve.opening import print_warning, resolve
 from serve.settings import Settings, read_api_keys
 
@@ -25,10 +24,18 @@ _OWN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy.middlewares",
+    # The routes share the replica's event loop, so no message of a stream changes threads. They may, for they wait for
+    # the engine's thread and the disk without blocking the loop that also answers Serve's health checks.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 """Environment of a Ray that is used by nobody else."""
 
-_POLL_SECONDS = 0.2
+_CAUSAL = {
+    True: "yes, its audit passed",
+    False: "NO, its audit failed",
+    None: "unknown, no audit was run (hrs audit does it)",
+}
 
 
 def serve_model(settings: Settings, host: str, port: int) -> None:
@@ -54,18 +61,18 @@ def serve_model(settings: Settings, host: str, port: int) -> None:
     _serve(settings, host, port, causal)
 
 
-def _wait_for_signal() -> None:
-    """Until SIGINT or SIGTERM; from then on either means at once."""
-    asked = threading.Event()
+class _Signals:
+    """SIGINT and SIGTERM: the first asks to stop, the second to cut off what runs, a third ends everything at once."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+    def __init__(self) -> None:
+        self.stop, self.cut_off = threading.Event(), threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)  # after ray.init, which takes SIGTERM for itself
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.cut_off.is_set():
             raise KeyboardInterrupt
-        asked.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)  # after ray.init, which takes SIGTERM for itself
-    asked.wait()
+        (self.cut_off if self.stop.is_set() else self.stop).set()
 
 
 def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> None:
@@ -74,9 +81,12 @@ def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> Non
     import ray
     from ray import serve as ray_serve
 
-    from serve.app import application
+    from serve.app import build
 
     _require_free(host, port)
+    more = f", up to {settings.max_replicas} with the load" if settings.max_replicas > settings.min_replicas else ""
+    print(f"starting:  {_count(settings.min_replicas)} of {settings.name}{more}, on {host}:{port}", flush=True)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     folder = tempfile.mkdtemp(prefix="hrs-", dir="/tmp")  # unix sockets allow a path of 107 bytes
     try:
         ray.init(
@@ -91,45 +101,27 @@ def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> Non
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
         try:
-            ray_serve.run(application(settings), name="hrs", route_prefix="/", logging_config=quiet)
+            replicas = ray_serve.run(build(settings), name="hrs", route_prefix="/", logging_config=quiet)
         except RuntimeError as error:
             raise HRSError(f"the endpoint did not come up: {_last_line(error)}") from error
+        signals = _Signals()
         print(f"model:     {settings.name} ({settings.model})", flush=True)
         print_warning(causal)
-        if causal:
-            print("causal:    yes, its audit passed", flush=True)
+        print(f"causal:    {_CAUSAL[causal]}", flush=True)
         print(f"endpoint:  http://{host}:{port}/v1   (API description: http://{host}:{port}/docs)", flush=True)
         print("stop:      Ctrl-C or SIGTERM finishes the running replies, a second one cuts them off", flush=True)
-        _wait_for_signal()
+        signals.stop.wait()
         print("stopping:  new requests are refused, running replies are finished", flush=True)
-        ray_serve.run(application(settings, draining=True), name="hrs", route_prefix="/", logging_config=quiet)
-        _wait_until_sent(settings.grace_seconds)
-        ray_serve.delete("hrs")
+        drain(replicas, settings.grace_seconds, signals.cut_off)
     finally:
+        # Serve's own shutdown would take the routes away before the socket, and answer 404 meanwhile.
         if ray.is_initialized():
-            ray_serve.shutdown()
             ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_until_sent(seconds: float) -> None:
-    """Until the proxy has passed on what the replicas wrote: a client may read more slowly than they write.
-
-    Serve drains the proxies of nodes that leave, and kills that of the last one. So it is asked as Serve would.
-    """
-    import ray
-    from ray import serve as ray_serve
-
-    end = time.monotonic() + seconds
-    for node in ray_serve.status().proxies:
-        proxy: Any = ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="serve")
-        ray.wait([proxy.update_draining.remote(True)], timeout=10)
-        while time.monotonic() < end:
-            drained = bool(ray.get([proxy.is_drained.remote()], timeout=10)[0])
-            if drained:
-                break
-            time.sleep(_POLL_SECONDS)
-    time.sleep(_POLL_SECONDS)  # the last bytes are in the proxy's buffer
+def _count(n: int) -> str:
+    return "1 replica" if n == 1 else f"{n} replicas"
 
 
 def _require_free(host: str, port: int) -> None:

@@ -2,6 +2,9 @@
 
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -67,6 +70,69 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed to answer this request", code="internal_error")
 
 
+_MOST_MISTAKES = 10
+"""Mistakes of one body that are named: a client may send a thousand."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mistake:
+    """One thing that is wrong with a request."""
+
+    field: tuple[int | str, ...]
+    """Where, as far as the request goes."""
+    alternative: tuple[int, str] | None
+    """For a field of several types: how many parts lead to it, and which type this is about."""
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: dict[str, Any], body: Any) -> "_Mistake":
+        """Of pydantic's record. Its location mixes fields with names of types, which say nothing to a client."""
+        where, alternative, value = error["loc"][1:], None, body
+        field: list[int | str] = []
+        for place, part in enumerate(where):
+            named = place == 0 or isinstance(part, int) or (isinstance(value, dict) and part in value)
+            if named or (error["type"] == "missing" and place == len(where) - 1):
+                field.append(part)
+                value = _inside(value, part)
+            else:
+                alternative = alternative or (place, part)
+        message = str(error["msg"]).removeprefix("Value error, ")
+        return cls(field=tuple(field), alternative=alternative, kind=error["type"], message=message)
+
+    def path(self) -> str:
+        return ".".join(map(str, self.field))
+
+    def sentence(self) -> str:
+        if self.kind == "extra_forbidden":
+            return f"unknown parameter '{self.path()}'"
+        return f"{self.path()}: {self.message}" if self.field else self.message
+
+
+def _inside(value: Any, part: int | str) -> Any:
+    try:
+        return value[part]
+    except (IndexError, KeyError, TypeError):
+        return None
+
+
+def _likeliest(mistakes: Sequence[_Mistake]) -> list[_Mistake]:
+    """The mistakes without those of types that were not meant.
+
+    A field of several types fails by each of them. Meant was the one that was read farthest, then the one with the
+    fewest mistakes, then the first.
+    """
+    by_field: dict[tuple[int | str, ...], dict[str | None, list[_Mistake]]] = {}
+    for mistake in mistakes:
+        depth, name = mistake.alternative or (len(mistake.field), None)
+        by_field.setdefault(mistake.field[:depth], {}).setdefault(name, []).append(mistake)
+
+    def progress(failed: list[_Mistake]) -> tuple[int, int]:
+        return max(len(mistake.field) for mistake in failed), -len(failed)
+
+    return [mistake for alternatives in by_field.values() for mistake in max(alternatives.values(), key=progress)]
+
+
 def install_handlers(api: FastAPI) -> None:
     """Make every refusal of ``api``, also those of the framework, take this shape."""
 
@@ -82,13 +148,11 @@ def install_handlers(api: FastAPI) -> None:
             return bad_request(
                 f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
             ).response()
-        # An alternative's name says nothing to a client, and neither does where it was looked for.
-        where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "tagged-")))
-        message = str(first["msg"]).removeprefix("Value error, ")
-        code = "unknown_parameter" if first["type"] == "extra_forbidden" else None
-        if code:
-            message = f"unknown parameter '{where}'"
-        return bad_request(f"{where}: {message}" if where and not code else message, where or None, code).response()
+        mistakes = _likeliest([_Mistake.of(each, error.body) for each in error.errors()])
+        named, more = mistakes[:_MOST_MISTAKES], len(mistakes) - _MOST_MISTAKES
+        listed = "; ".join(mistake.sentence() for mistake in named) + (f"; and {more} more" if more > 0 else "")
+        code = "unknown_parameter" if named[0].kind == "extra_forbidden" else None
+        return bad_request(listed, named[0].path() or None, code).response()
 
     @api.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> JSONResponse:

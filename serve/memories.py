@@ -46,7 +46,7 @@ class Memories:
             width=model.d_model,
             normalisation=settings.memory_normalisation,
         )
-        self._topics = SharedTopics(folder, model.d_model)
+        self._topics = SharedTopics(folder, model.d_model, settings.max_topics)
         self._model, self._tokenizer, self._block = model, tokenizer, settings.memory_block
         self._end_id = end_of_text_id(tokenizer)
 

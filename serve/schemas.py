@@ -36,10 +36,13 @@ class Body(BaseModel):
     def _drop_neutral(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for name, harmless in cls.neutral.items():
-            value = values.get(name)
-            if name in values and not (value is None or any(_same(value, each) for each in harmless)):
-                raise ValueError(f"this server does not support '{name}': leave it out")
+        wanted = [
+            name
+            for name, harmless in cls.neutral.items()
+            if values.get(name) is not None and not any(_same(values[name], each) for each in harmless)
+        ]
+        if wanted:
+            raise ValueError(f"this server does not support {', '.join(map(repr, wanted))}: leave out what it lacks")
         return {name: value for name, value in values.items() if name not in cls.neutral}
 
 

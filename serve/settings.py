@@ -59,6 +59,8 @@ class Settings(BaseModel):
     memory_block: int | None = None
     """The block whose output makes keys of memories, negative from the end; the final states if not given."""
     memory_normalisation: Literal["none", "centred", "whitened"] = "none"
+    max_topics: int = Field(256, ge=7)
+    """Topics that are kept besides those that users named or switched off; the one used longest ago goes first."""
     retrieval_k: int = Field(1, ge=1, le=32)
     retrieval_min_similarity: float = Field(0.3, ge=-1, le=1)
     retrieval_threshold_bits: float | None = Field(None, ge=0)

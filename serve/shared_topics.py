@@ -14,13 +14,18 @@ T = TypeVar("T")
 
 
 class SharedTopics:
-    """One :class:`TopicContexts` below a folder; every change is on the disk, for all, when it returns."""
+    """One :class:`TopicContexts` below a folder; every change is on the disk, for all, when it returns.
 
-    def __init__(self, folder: Path, width: int) -> None:
+    Args:
+        max_topics: what :meth:`TopicContexts.forget` keeps after each change: every change writes all there is.
+    """
+
+    def __init__(self, folder: Path, width: int, max_topics: int = 256) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "topics.json"
         self._lock = filelock.FileLock(folder / "topics.lock")
         self._threads = threading.RLock()
+        self._max_topics = max_topics
         self._topics = TopicContexts(width)
         self._state: tuple[int, int, int] | None = None
 
@@ -35,6 +40,7 @@ class SharedTopics:
             topics = self._current()
             self._topics, self._state = TopicContexts(topics.width), None  # what ``how`` leaves half done is not kept
             result = how(topics)
+            topics.forget(self._max_topics)
             part = self._path.with_suffix(".part")
             part.write_text(topics.to_json(), encoding="utf-8")
             sync(part)

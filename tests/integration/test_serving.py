@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -231,15 +232,19 @@ def test_a_thousand_connections_at_once(application: Application) -> None:
 
     asyncio.run(flood())  # the first flood fills pools that stay
     replica = application.process()
-    before = replica.memory_info().rss
-    answers = asyncio.run(flood())
-    assert set(answers) == {200, 429}
-    assert answers[200] >= 20
-    assert replica.is_running()
-    assert replica.memory_info().rss - before < 50 * 2**20
+    for _ in range(3):  # a leak grows each time; what the allocator takes at a peak, only once
+        before = replica.memory_info().rss
+        answers = asyncio.run(flood())
+        assert set(answers) == {200, 429}
+        assert answers[200] >= 20
+        assert replica.is_running()
+        grown = replica.memory_info().rss - before
+        if grown < 50 * 2**20:
+            break
+    assert grown < 50 * 2**20
     made = application.client().completions.create(model="tiny", prompt=PROMPT, max_tokens=3)
     assert made.usage.completion_tokens == 3
-    print(f"1,000 connections: {dict(answers)}, {(replica.memory_info().rss - before) / 2**20:.1f} MiB more")
+    print(f"1,000 connections: {dict(answers)}, {grown / 2**20:.1f} MiB more")
 
 
 def test_malformed_bodies_by_the_hundred(application: Application) -> None:
@@ -335,6 +340,20 @@ class Command:
         assert self.process.wait(timeout=120) == 0, "".join(self.said)
         return time.monotonic() - began
 
+    def replica(self) -> psutil.Process:
+        (found,) = [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if child.name().startswith("ray::ServeRepl")
+        ]
+        return found
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while httpx.get(f"http://127.0.0.1:{self.port}/healthz", timeout=START_SECONDS).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
     def __enter__(self) -> "Command":
         assert self.up.wait(START_SECONDS), "".join(self.said)
         return self
@@ -344,11 +363,46 @@ class Command:
             self.process.kill()
 
 
+class Newcomers:
+    """Asks an endpoint that stops again and again, until its process has ended."""
+
+    def __init__(self, command: Command) -> None:
+        self._command, self._answers = command, []
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        while self._command.process.poll() is None:
+            began = time.monotonic()
+            try:
+                answer = httpx.get(f"http://127.0.0.1:{self._command.port}/v1/models", timeout=60)
+            except httpx.TransportError as error:
+                answer = error
+            self._answers.append((time.monotonic() - began, answer))
+            time.sleep(0.02)
+
+    def were_told(self) -> None:
+        """By 503 in OpenAI's shape, at once, or by nobody being there any more; and at no time by anything else."""
+        self._thread.join(timeout=60)
+        kinds = [answer.status_code if isinstance(answer, httpx.Response) else 0 for _, answer in self._answers]
+        told = [answer for _, answer in self._answers if isinstance(answer, httpx.Response)][kinds.count(200) :]
+        assert kinds == [200] * kinds.count(200) + [503] * len(told) + [0] * kinds.count(0)
+        assert len(told) > 5
+        for answer in told:
+            assert answer.json()["error"]["type"] == "service_unavailable_error"
+            assert int(answer.headers["retry-after"]) >= 1
+        slowest = max(seconds for seconds, _ in self._answers)
+        print(f"{Counter(kinds)}, the slowest after {slowest:.2f} s")
+        assert slowest < 5
+
+
 def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, storage: Path) -> None:
     with Command(run_directory, storage, "--name", "tiny", "--grace", "20") as command:
         said = "".join(command.said)
         assert f"http://127.0.0.1:{command.port}/v1" in said
+        assert said.startswith(f"starting:  1 replica of tiny, on 127.0.0.1:{command.port}\n")
         assert "warning: this model was never audited" in said
+        assert "\ncausal:    unknown, no audit was run" in said
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{command.port}/v1", api_key="x", max_retries=0, timeout=60)
         kept = httpx.post(f"http://127.0.0.1:{command.port}/v1/memories", json={"input": "kept"}, timeout=60).json()
         family = psutil.Process(command.process.pid).children(recursive=True)
@@ -356,19 +410,12 @@ def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, stora
         stream = client.completions.create(**options, stream=True)
         next(stream)
         command.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 20
-        while True:  # until the replicas know
-            response = httpx.get(f"http://127.0.0.1:{command.port}/v1/models", timeout=60)
-            if response.status_code == 503:
-                break
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert response.json()["error"]["type"] == "service_unavailable_error"
-        assert int(response.headers["retry-after"]) >= 1
+        newcomers = Newcomers(command)
         time.sleep(5)  # the replica is done long before a client that reads late
         finished = [chunk.choices[0].finish_reason for chunk in stream]
         assert finished.count("length") == 8
         assert command.process.wait(timeout=60) == 0, "".join(command.said)
+        newcomers.were_told()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
     with Command(run_directory, storage) as again:
@@ -378,6 +425,47 @@ def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, stora
         seconds = again.end(signal.SIGINT)
     print(f"stopped in {seconds:.1f} s")
     assert seconds < 30
+    said = "".join(command.said + again.said)
+    assert not re.search("INFO|raylet|Error|Traceback", said), said
+
+
+@pytest.mark.parametrize("impatient", [False, True], ids=["after the grace", "by a second signal"])
+def test_replies_that_are_cut_off_are_told_so(run_directory: Path, storage: Path, impatient: bool) -> None:
+    grace = 300 if impatient else 2
+    with Command(run_directory, storage, "--name", "tiny", "--grace", str(grace)) as command:
+        base = f"http://127.0.0.1:{command.port}/v1"
+        body = {"model": "tiny", "prompt": "The", "max_tokens": 2000, "n": 4, "temperature": 0}
+        client = openai.OpenAI(base_url=base, api_key="x", max_retries=0, timeout=120)
+        if not impatient:  # the replacement of a replica that died is told to stop as well
+            with ThreadPoolExecutor() as threads:
+                asked = threads.submit(httpx.post, f"{base}/completions", json=body, timeout=120)
+                stream = client.completions.create(**body, stream=True)
+                next(stream)
+                command.replica().kill()
+                with pytest.raises(openai.APIError, match="ended before it had answered"):
+                    list(stream)
+                died = asked.result()
+            assert (died.status_code, died.json()["error"]["code"]) == (500, "replica_died")
+            command.wait_until_healthy()
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(httpx.post, f"{base}/completions", json=body, timeout=120)
+            stream = client.completions.create(**body, stream=True)
+            next(stream)
+            time.sleep(0.5)
+            began = time.monotonic()
+            os.killpg(command.process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+            newcomers = Newcomers(command)
+            if impatient:
+                time.sleep(2)
+                os.killpg(command.process.pid, signal.SIGINT)
+            with pytest.raises(openai.APIError, match="stopped before this reply was finished"):
+                list(stream)
+            cut_off = asked.result()
+            assert cut_off.status_code == 503
+            assert "stopped before this reply was finished" in cut_off.json()["error"]["message"]
+            assert 2 <= time.monotonic() - began < 15
+        assert command.process.wait(timeout=60) == 0, "".join(command.said)
+        newcomers.were_told()
 
 
 def test_a_mistake_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:

@@ -317,6 +317,95 @@ def test_the_oldest_prompt_that_is_used_loses_its_front() -> None:
     assert topics.context(exclude=[made.prompt, 0], budget=0) == []
 
 
+# ---- forgetting ------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(turns, thresholds, st.integers(2, 7), st.integers(1, 30))
+def test_what_is_forgotten_is_what_no_context_could_reach(
+    turns: list[tuple[int, int, str]], thresholds: tuple[float, float], active: int, budget: int
+) -> None:
+    """One that forgets after every turn against one that never does."""
+    options = {"join": thresholds[0], "merge": thresholds[1], "active": active, "budget": budget}
+    whole, forgetful = TopicContexts(WIDTH, **options), TopicContexts(WIDTH, **options)  # type: ignore[arg-type]
+    for number, (seed, length, action) in enumerate(turns):
+        engram = np.random.default_rng(seed).normal(size=WIDTH)
+        known = whole.topics()
+        for topics in (whole, forgetful):
+            if action == "assign" or not known:
+                topics.assign(engram, [number] * length, f"word{'abc'[seed % 3] * 3} text")
+            elif action == "toggle":
+                topics.enable(known[seed % len(known)].id, not known[seed % len(known)].enabled)
+            else:
+                topics.rename(known[seed % len(known)].id, f"name {seed}")
+        assert forgetful.forget(len(turns) + 7) == ()
+        assert forgetful.context() == whole.context()
+        assert forgetful.context(engram=engram) == whole.context(engram=engram)
+        kept = [dataclasses.replace(info, n_tokens=0) for info in forgetful.topics()]
+        assert kept == [dataclasses.replace(info, n_tokens=0) for info in whole.topics()]
+        longest = max(length for _, length, _ in turns)
+        assert all(info.n_tokens < budget + longest for info in forgetful.topics())
+
+
+def test_what_is_kept_stops_growing() -> None:
+    topics = TopicContexts(64, active=2, budget=10)
+    sizes = []
+    for number in range(300):
+        topics.assign(np.eye(64)[number % 64], [number % 10] * 4, f"unheard{'abcdefghij'[number % 10]} tide")
+        topics.forget(5)
+        sizes.append(len(topics.to_json()))
+    assert len(topics) == 5
+    assert max(sizes[200:]) < 1.1 * max(sizes[50:100])
+    words = TopicContexts(WIDTH)
+    for number in range(3000):
+        words.assign(at(0)[0], [1], "tide w" + "".join(chr(97 + int(digit)) for digit in f"{number:04}"))
+        words.forget(7)
+    assert len(json.loads(words.to_json())["topics"][0]["words"]) <= 400
+    assert words.topics()[0].name.startswith("tide / ")
+
+
+def test_the_topic_used_longest_ago_goes_first_and_those_users_touched_stay() -> None:
+    topics = TopicContexts(8, active=2)
+    for number in range(6):
+        topics.assign(np.eye(8)[number], [number], f"word{'abcdef'[number] * 3}")
+    topics.rename("topic-1", "mine")
+    topics.enable("topic-2", False)
+    topics.assign(np.eye(8)[2], [2], "")  # the third is used again
+    assert topics.forget(2) == ("topic-5", "topic-4")
+    assert [info.id for info in topics.topics()] == ["topic-3", "topic-6", "topic-2", "topic-1"]
+    assert topics.get("topic-1").name == "mine" and not topics.get("topic-2").enabled
+    for kept in ("topic-1", "topic-3", "topic-6"):
+        np.testing.assert_array_equal(topics.centroid(kept), np.eye(8)[int(kept[-1]) - 1])
+    with pytest.raises(HRSError, match="there is no topic 'topic-4'"):
+        topics.get("topic-4")
+    assert topics.assign(np.eye(8)[3], [9], "").topic_id == "topic-7", "no id is given twice"
+    topics.rename("topic-1", None)
+    assert topics.forget(2) == ("topic-6", "topic-1"), "without its name it is as the others"
+    with pytest.raises(HRSError, match="2 topics may be active, so 1 are too few to keep"):
+        topics.forget(1)
+
+
+def test_the_former_ids_of_a_topic_go_with_it() -> None:
+    topics = TopicContexts(WIDTH, join=degrees(29), merge=degrees(24), active=2)
+    first, second = (topics.assign(v, [1], "").topic_id for v in at(0, 30))
+    assert topics.assign(at(14)[0], [1], "").merged == (second,)
+    for axis in (2, 3):
+        topics.assign(np.eye(WIDTH)[axis], [1], "")
+    assert topics.forget(2) == (first,)
+    for gone in (first, second):
+        with pytest.raises(HRSError, match="there is no topic"):
+            topics.resolve(gone)
+    again = TopicContexts.from_json(topics.to_json())
+    assert again.to_json() == topics.to_json()
+
+
+def test_topics_that_were_written_before_any_forgot_are_read() -> None:
+    stored = json.loads(filled(5, 5).to_json())
+    for row in stored["topics"]:
+        del row["n_forgotten"]
+    assert TopicContexts.from_json(json.dumps(stored)).to_json() == filled(5, 5).to_json()
+
+
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,13 +1,20 @@
 """Keys, health, draining and figures of an endpoint."""
 
+import json
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Receive, Scope, Send
 
 from serve.metrics import Metrics
+from serve.proxy import middlewares
 
 BASE = {"model": "tiny", "prompt": "The", "max_tokens": 2}
 LONG = BASE | {"max_tokens": 2000, "temperature": 0}
@@ -80,6 +87,74 @@ def test_what_is_cut_off_is_told_so(another) -> None:
         endpoint.backend.abort()
         with pytest.raises(openai.APIError, match="stopped before this reply was finished"):
             list(stream)
+
+
+# ---- what Serve's proxy says of its own accord -----------------------------------------------------------------------
+
+
+async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+    """What Serve's proxy does without a replica, or when one dies."""
+    kind, status = {
+        "/none": (b"text/plain", 404),
+        "/unavailable": (b"text/plain", 503),
+        "/refused": (b"application/json", 422),
+        "/stream": (b"text/event-stream", 200),
+        "/text": (b"text/plain", 200),
+        "/-/healthz": (b"text/plain", 503),
+    }.get(scope["path"], (b"", 0))
+    if not status:
+        return  # as Serve does when a replica dies before it answered
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+    await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": kind == b"text/event-stream"})
+
+
+@pytest.fixture(scope="module")
+def proxied() -> Iterator[str]:
+    (around,) = middlewares()
+    server = uvicorn.Server(uvicorn.Config(around.cls(proxy), port=0, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.005)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind", "part"),
+    [
+        ("/none", 503, "service_unavailable_error", "starting or stopping"),
+        ("/unavailable", 503, "service_unavailable_error", "starting or stopping"),
+        ("/died", 500, "server_error", "ended before it had answered"),
+    ],
+)
+def test_what_the_proxy_refuses_has_openais_shape(proxied: str, path: str, status: int, kind: str, part: str) -> None:
+    response = httpx.get(proxied + path)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["type"] == kind
+    assert part in error["message"]
+    assert ("retry-after" in response.headers) == (status == 503)
+
+
+def test_a_stream_that_the_proxy_breaks_off_ends_with_an_error(proxied: str) -> None:
+    first, last = httpx.get(f"{proxied}/stream").text.strip().split("\n\n")
+    assert first == "data: 1"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_died"
+    client = openai.OpenAI(base_url=proxied, api_key="any", max_retries=0)
+    with pytest.raises(openai.APIError, match="ended before it had answered"):
+        list(client.get("/stream", cast_to=object, stream=True, stream_cls=openai.Stream[object]))
+
+
+@pytest.mark.parametrize(("path", "status"), [("/refused", 422), ("/text", 200), ("/-/healthz", 503)])
+def test_what_is_not_the_proxys_refusal_passes_as_it_is(proxied: str, path: str, status: int) -> None:
+    response = httpx.get(proxied + path)
+    assert (response.status_code, response.content) == (status, b"data: 1\n\n")
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def figures(url: str) -> dict[str, float]:

@@ -37,6 +37,7 @@ def test_a_long_text_is_long(client: openai.OpenAI) -> None:
         ({"logit_bias": {"5": 1}}, "does not support 'logit_bias'"),
         ({"best_of": 3}, "does not support 'best_of'"),
         ({"suffix": "end"}, "does not support 'suffix'"),
+        ({"suffix": "end", "best_of": 3, "logit_bias": None}, "does not support 'best_of', 'suffix': leave"),
         ({"frobnicate": 1}, "unknown parameter 'frobnicate'"),
         ({"hrs": {"topk": 1}}, "unknown parameter 'hrs.topk'"),
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
@@ -61,6 +62,51 @@ def test_what_is_not_supported_or_wrong_is_named(endpoint, changes: dict, part: 
     error = refusal(response)
     assert part in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentences", "param"),
+    [
+        (
+            {"n": 0, "temperature": 3, "frobnicate": 1, "stop": [""]},
+            ["n: Input should be greater than or equal to 1", "temperature: Input should be less than or equal to 2",
+             "stop.0: Value should have at least 1 item", "unknown parameter 'frobnicate'"],
+            "n",
+        ),
+        # A field of several types fails by each of them; told is the one that was meant.
+        ({"prompt": [1, -1]}, ["prompt.1: Input should be greater than or equal to 0"], "prompt.1"),
+        ({"prompt": ["a", "b", 3]}, ["prompt.2: Input should be a valid string"], "prompt.2"),
+        ({"prompt": {"a": 1}}, ["prompt: Input should be a valid string"], "prompt"),
+        (
+            {"hrs": {"retrieval": {"mode": "x", "k": 99, "zz": 1}, "topk": 3}},
+            ["hrs.retrieval.mode: Input should be 'text', 'slots', 'both' or 'observe'", "hrs.retrieval.k: ",
+             "unknown parameter 'hrs.retrieval.zz'", "unknown parameter 'hrs.topk'"],
+            "hrs.retrieval.mode",
+        ),
+    ],
+)  # fmt: skip
+def test_all_that_is_wrong_is_named_at_once(endpoint, changes: dict, sentences: list[str], param: str) -> None:
+    error = refusal(httpx.post(f"{endpoint.url}/v1/completions", json=BASE | changes))
+    said = error["message"].split("; ")
+    assert len(said) == len(sentences)
+    assert all(each.startswith(sentence) for each, sentence in zip(sorted(said), sorted(sentences), strict=True))
+    assert error["param"] == param
+
+
+def test_a_thousand_mistakes_are_not_all_named(endpoint) -> None:
+    body = BASE | {f"x{number}": 1 for number in range(1000)}
+    error = refusal(httpx.post(f"{endpoint.url}/v1/completions", json=body))
+    assert error["message"].endswith("unknown parameter 'x9'; and 990 more")
+    assert error["code"] == "unknown_parameter"
+
+
+def test_what_is_missing_is_named(endpoint) -> None:
+    assert refusal(httpx.post(f"{endpoint.url}/v1/completions", json={}))["message"] == (
+        "model: Field required; prompt: Field required"
+    )
+    listed = httpx.get(f"{endpoint.url}/v1/memories", params={"limit": 0, "offset": -1})
+    assert refusal(listed)["message"].startswith("limit: ")
+    assert "; offset: " in listed.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,6 +14,7 @@ from hrs.retrieval.calibration import Calibration
 from hrs.storage import Storage
 from serve.opening import gate_of, resolve, warning_of
 from serve.settings import Settings, parse_settings, read_api_keys
+from serve.shared_topics import SharedTopics
 
 EXAMPLE = Path(__file__).parents[2] / "serve" / "config.yaml"
 
@@ -70,6 +72,21 @@ def test_the_gate_is_measured_where_the_text_is_at_hand_and_kept(
 def test_a_corpus_that_is_gone_leaves_the_gate_uncalibrated(opened: OpenedModel, tmp_path: Path) -> None:
     config = override(opened.config, {"data.corpus": f"jsonl:{tmp_path / 'gone.jsonl'}"})
     assert gate_of(dataclasses.replace(opened, config=config), Storage(tmp_path), tmp_path / "b") is None
+
+
+def test_topics_that_are_shared_do_not_grow_for_ever(tmp_path: Path) -> None:
+    topics = SharedTopics(tmp_path, 64, max_topics=7)
+    for number in range(40):
+        topics.change(lambda t, n=number: t.assign(np.eye(64)[n], [n] * 200, "a tide"))
+        if number == 3:
+            topics.change(lambda t: t.rename("topic-1", "mine"))
+    kept = SharedTopics(tmp_path, 64, max_topics=7).read()
+    assert [info.id for info in kept] == [f"topic-{number}" for number in range(40, 33, -1)] + ["topic-1"]
+    assert kept[-1].name == "mine"
+    size = (tmp_path / "topics.json").stat().st_size
+    for number in range(40, 60):
+        topics.change(lambda t, n=number: t.assign(np.eye(64)[n], [n] * 200, "a tide"))
+    assert (tmp_path / "topics.json").stat().st_size == pytest.approx(size, rel=0.01)
 
 
 def test_the_example_is_what_serve_and_we_accept() -> None:

@@ -203,6 +203,33 @@ class TopicContexts:
         """
         return self._centroids[self._index(topic_id)].copy()
 
+    def forget(self, max_topics: int) -> tuple[str, ...]:
+        """Drop what no context of the present budget can reach, so that what is kept does not grow for ever.
+
+        Of every topic the prompts behind its newest ``budget`` tokens go. Of topics that the user neither named nor
+        switched off the ``max_topics`` used last stay, and the others go with all they had; those that the user did
+        stay too and are not counted. Contexts remain what they were, unless ``exclude`` or a larger ``budget`` asks
+        for more. The ids of merged topics stay with their topic, for memories carry them.
+
+        Returns:
+            Ids of the topics that went; they stand for nothing any more, and no other topic will get them.
+
+        Raises:
+            HRSError: if fewer topics would stay than may be active.
+        """
+        if max_topics < self.active:
+            raise HRSError(f"{self.active} topics may be active, so {max_topics} are too few to keep: keep more")
+        for topic in self._topics:
+            topic.forget(self.budget)
+        gone = [topic for topic in self._by_recency() if not topic.touched][max_topics:]
+        if gone:
+            stay = [i for i, topic in enumerate(self._topics) if topic not in gone]
+            self._topics = [self._topics[i] for i in stay]
+            self._sums, self._centroids = self._sums[stay], self._centroids[stay]  # [n_topics, d]
+            lost = {topic.id for topic in gone}
+            self._aliases = {old: new for old, new in self._aliases.items() if new not in lost}
+        return tuple(topic.id for topic in gone)
+
     # ---- storage -----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
@@ -284,7 +311,7 @@ class TopicContexts:
             if cosines[other] < self.merge:
                 return topic, tuple(merged)
             large, small = index, other
-            if len(self._topics[small].prompts) > len(self._topics[large].prompts):
+            if self._topics[small].n_prompts > self._topics[large].n_prompts:
                 large, small = small, large
             topic = self._topics[large]
             merged.append(self._topics[small].id)

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from hrs.retrieval.topics.titles import content_words, title_of
 
+_KEPT_WORDS = 200
+"""Words of a topic that are counted on when it forgets; four make its title."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Match:
@@ -40,7 +43,9 @@ class TopicInfo:
     """What the user called it, else the most frequent words of its prompts."""
     renamed: bool
     n_prompts: int
+    """All it ever got, the forgotten ones included."""
     n_tokens: int
+    """Of the prompts that are kept."""
     enabled: bool
     active: bool
     """Among those used last, so that its text is in a context if it is enabled."""
@@ -72,6 +77,18 @@ class Topic:
     words: dict[str, int] = field(default_factory=dict)
     """How often each word occurred that may be in the title."""
     merged_ids: list[str] = field(default_factory=list)
+    n_forgotten: int = 0
+    """Prompts that are not kept any more; the centroid and the title still tell of them."""
+
+    @property
+    def n_prompts(self) -> int:
+        """All it ever got."""
+        return len(self.prompts) + self.n_forgotten
+
+    @property
+    def touched(self) -> bool:
+        """Whether the user said something of it: gave it a name or switched it off."""
+        return self.name is not None or not self.enabled
 
     def add(self, prompt: Prompt, text: str) -> None:
         """Append a prompt, the newest of all."""
@@ -92,6 +109,21 @@ class Topic:
         self.name = self.name or other.name
         self.last_used = max(self.last_used, other.last_used)
         self.merged_ids += [other.id, *other.merged_ids]
+        self.n_forgotten += other.n_forgotten
+
+    def forget(self, reach: int) -> None:
+        """Drop the prompts behind the newest ``reach`` tokens, and of very many words the rarest."""
+        kept, room = 0, reach
+        for prompt in reversed(self.prompts):
+            if room <= 0:
+                break
+            room -= len(prompt.tokens)
+            kept += 1
+        n_gone = len(self.prompts) - kept
+        self.prompts, self.n_forgotten = self.prompts[n_gone:], self.n_forgotten + n_gone
+        if len(self.words) > 2 * _KEPT_WORDS:  # not one by one, so that a new word has time to become frequent
+            frequent = set(sorted(self.words, key=lambda word: -self.words[word])[:_KEPT_WORDS])
+            self.words = {word: count for word, count in self.words.items() if word in frequent}
 
     def n_tokens(self, exclude: Collection[int] = ()) -> int:
         """Tokens of all its prompts but those numbers."""
@@ -114,7 +146,7 @@ class Topic:
             id=self.id,
             name=self.name or title_of(self.words) or self.id,
             renamed=self.name is not None,
-            n_prompts=len(self.prompts),
+            n_prompts=self.n_prompts,
             n_tokens=self.n_tokens(),
             enabled=self.enabled,
             active=active,
