@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 
 from hrs.data import TokenStore
+from hrs.data.store import TokenSplit
 from hrs.models import LanguageModel, build_model
 from hrs.presets import experiment
 from hrs.retrieval.engrams import engrams, model_fingerprint
@@ -45,3 +48,18 @@ def filled_store(model: LanguageModel, data: TokenStore, path: Path, split: str 
     ]
     store.add(memories, engrams(model, segments))
     return store
+
+
+def first_documents(data: TokenStore, n: int, n_tokens: int = 60) -> TokenSplit:
+    """A split of the beginnings of the first test documents."""
+    text, parts = data.test, [data.test.tokens[:1]]
+    for start in text.document_starts[:n]:
+        parts += [text.tokens[start : start + n_tokens], text.tokens[:1]]
+    return TokenSplit(
+        tokens=np.concatenate(parts),
+        document_starts=1 + np.arange(n + 1) * (n_tokens + 1),
+        topic_ids=text.topic_ids[:n],
+        n_bytes=np.array([data.token_bytes[part].sum() for part in parts[1::2]]),
+        n_words=text.n_words[:n],
+        documents=pa.table({"title": [f"test:{d}" for d in range(n)]}),
+    )

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from memory_models import CONTEXT, filled_store, small_model
+from memory_models import CONTEXT, filled_store, first_documents, small_model
 
 from hrs.data import TokenStore
 from hrs.data.store import TokenSplit
@@ -36,21 +35,6 @@ def retriever_of(kind: str, data: TokenStore, path: Path, split: str = "train", 
 def reads(small_store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Retriever:
     """A model that takes memory."""
     return retriever_of("retrieved", small_store, tmp_path_factory.mktemp("reads"))
-
-
-def first_documents(data: TokenStore, n: int, n_tokens: int = 60) -> TokenSplit:
-    """A split of the beginnings of the first test documents."""
-    text, parts = data.test, [data.test.tokens[:1]]
-    for start in text.document_starts[:n]:
-        parts += [text.tokens[start : start + n_tokens], text.tokens[:1]]
-    return TokenSplit(
-        tokens=np.concatenate(parts),
-        document_starts=1 + np.arange(n + 1) * (n_tokens + 1),
-        topic_ids=text.topic_ids[:n],
-        n_bytes=np.array([data.token_bytes[part].sum() for part in parts[1::2]]),
-        n_words=text.n_words[:n],
-        documents=pa.table({"title": [f"test:{d}" for d in range(n)]}),
-    )
 
 
 # ---- the walk --------------------------------------------------------------------------------------------------------

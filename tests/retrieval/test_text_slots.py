@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from memory_models import first_documents
 from torch.nn import functional as F
 
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore
-from hrs.data.store import TokenSplit
 from hrs.errors import HRSError
 from hrs.generation import Sampling
 from hrs.models import LanguageModel, build_model
@@ -169,7 +169,9 @@ def test_one_token_gives_no_slot_and_nothing_is_read_of_it(base: Path, small_sto
     assert maker is not None and maker([hit("e")]).shape == (0, D)
     retriever = retriever_over(["e", "w"], model, small_store, tmp_path, maker)
     assert retriever.slots([hit("e")]) is None
-    right, off = (retrieval_bits(retriever, beginnings(small_store), OPTIONS, control=c) for c in ("right", "off"))
+    right, off = (
+        retrieval_bits(retriever, first_documents(small_store, 2), OPTIONS, control=c) for c in ("right", "off")
+    )
     assert right.n_events > 0 and right.n_used == right.n_injected.sum() == 0
     np.testing.assert_allclose(right.bits, off.bits, rtol=1e-6)
 
@@ -217,21 +219,6 @@ OPTIONS = RetrievalOptions(
 )
 
 
-def beginnings(store: TokenStore, n: int = 2, n_tokens: int = 60) -> TokenSplit:
-    """Those of the first test documents."""
-    text, parts = store.test, [store.test.tokens[:1]]
-    for start in text.document_starts[:n]:
-        parts += [text.tokens[start : start + n_tokens], text.tokens[:1]]
-    return TokenSplit(
-        tokens=np.concatenate(parts),
-        document_starts=1 + np.arange(n + 1) * (n_tokens + 1),
-        topic_ids=text.topic_ids[:n],
-        n_bytes=np.array([store.token_bytes[part].sum() for part in parts[1::2]]),
-        n_words=text.n_words[:n],
-        documents=text.documents.slice(0, n),
-    )
-
-
 def retriever_over(
     texts: list[str], model: LanguageModel, store: TokenStore, path: Path, maker: object, **more: object
 ) -> Retriever:
@@ -250,9 +237,12 @@ def test_measuring_and_generating_read_the_same_slots(base: Path, small_store: T
     maker = slot_maker(model, config, small_store.tokenizer, base)
     texts = [small_store.tokenizer.decode(document(small_store, n)) for n in range(9)]
     retriever = retriever_over(texts, model, small_store, tmp_path, maker)
-    report = measure_retrieval(retriever, beginnings(small_store), OPTIONS)
+    text = first_documents(small_store, 2)
+    report = measure_retrieval(retriever, text, OPTIONS)
     assert report.conditions["right"].n_used == report.conditions["right"].n_events > 10
-    by_keys = retrieval_bits(Retriever(model, small_store.tokenizer, retriever.store), beginnings(small_store), OPTIONS)
+    by_keys = retrieval_bits(
+        Retriever(model, small_store.tokenizer, retriever.store), first_documents(small_store, 2), OPTIONS
+    )
     for control in ("off", "shuffled"):
         assert np.abs(np.subtract(report.documents["right"], report.documents[control])).min() > 1e-3
     assert np.abs(report.documents["right"] - by_keys.bits).min() > 1e-3

@@ -50,10 +50,8 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def running(opened: OpenedModel, folder: Path, **changes: object) -> Iterator[Endpoint]:
-    """An endpoint for as long as the block lasts."""
-    settings = Settings(**{"model": "in memory", "name": "tiny", **changes})
-    backend = LocalBackend(opened, settings, folder)
+def serving(backend: LocalBackend) -> Iterator[Endpoint]:
+    """A backend behind HTTP for as long as the block lasts, and closed after it."""
     server = uvicorn.Server(uvicorn.Config(make_api(backend), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -67,6 +65,18 @@ def running(opened: OpenedModel, folder: Path, **changes: object) -> Iterator[En
         server.should_exit = True
         backend.close()
         thread.join(timeout=10)
+
+
+def running(opened: OpenedModel, folder: Path, **changes: object) -> contextlib.AbstractContextManager[Endpoint]:
+    """An endpoint of a model."""
+    settings = Settings(**{"model": "in memory", "name": "tiny", **changes})
+    return serving(LocalBackend(opened, settings, folder))
+
+
+@pytest.fixture(name="serving", scope="session")
+def serving_fixture() -> Callable[[LocalBackend], contextlib.AbstractContextManager[Endpoint]]:
+    """``with serving(backend) as endpoint:`` for a backend of one's own."""
+    return serving
 
 
 @pytest.fixture(name="running", scope="session")

@@ -2,8 +2,6 @@
 
 import base64
 import contextlib
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
 
 from hrs.data import open_tokens
 from hrs.export.opening import OpenedModel, open_model
@@ -23,7 +20,6 @@ from hrs.retrieval.engrams import engrams
 from hrs.retrieval.store import Hit, Memory
 from hrs.storage import Storage
 from hrs.training import Runtime, load_model, train
-from serve.api import make_api
 from serve.opening import open_backend, slots_of
 from serve.settings import Settings
 
@@ -256,30 +252,15 @@ def learned(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Sto
     return storage
 
 
-@contextlib.contextmanager
-def served(storage: Storage) -> Iterator[httpx.Client]:
-    """An endpoint of the model, opened as a replica opens it."""
-    settings = Settings(model=str(storage.run("reader")), name="tiny", storage=str(storage.root), device="cpu")
-    backend = open_backend(settings)
-    server = uvicorn.Server(uvicorn.Config(make_api(backend), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=60) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        backend.close()
-        thread.join(timeout=10)
-
-
-def test_a_model_with_retrieved_engrams_attends_to_what_its_base_makes_of_what_was_found(learned: Storage) -> None:
+def test_a_model_with_retrieved_engrams_attends_to_what_its_base_makes_of_what_was_found(
+    learned: Storage, serving: Callable
+) -> None:
+    settings = Settings(model=str(learned.run("reader")), name="tiny", storage=str(learned.root), device="cpu")
     long = "The wave and the tide and the ship and the storm and the harbour and the sail"
-    with served(learned) as http:
+    with (
+        serving(open_backend(settings)) as endpoint,
+        httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as http,
+    ):
         remember(http, long, *TEXTS)
 
         def ask(mode: str) -> dict:
