@@ -50,9 +50,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[LocalHead]:
+    this = psutil.Process()
+    others = this.children(recursive=True)  # another module's Ray may run beside it
     with contextlib.chdir(ROOT), LocalHead(num_cpus=2, num_gpus=0) as running:
         yield running
-        children = psutil.Process().children(recursive=True)
+        children = [child for child in this.children(recursive=True) if child not in others]
     assert not psutil.wait_procs(children, timeout=0)[1], "processes of the head outlived it"
     assert not running._folder.exists()
 
