@@ -11,13 +11,12 @@ number of bits; the memories are the segments of the training text. Results lie 
 """
 
 import argparse
-import dataclasses
 import hashlib
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
@@ -25,12 +24,13 @@ import numpy as np
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
-from hrs.config import ExperimentConfig, canonical_json
+from hrs.config import ExperimentConfig, canonical_json, to_dict
 from hrs.errors import HRSError
 from hrs.report.gated_table import GatedReading, Use, gated_table
+from hrs.report.rows import without_seed
 from hrs.retrieval.bank.slots import slot_maker
 from hrs.retrieval.calibration import QUANTILE
-from hrs.retrieval.gated import GatedPlan, GatedResult, measure_gated, set_gate, training_memories
+from hrs.retrieval.gated import GatedPlan, GatedResult, measure_gated, relay, set_gate, training_memories
 from hrs.retrieval.retriever import Mode, RetrievalOptions, Retriever, SlotMaker
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
@@ -42,6 +42,7 @@ MODES: tuple[Mode, ...] = ("text", "slots")
 RESULT = "gated.json"
 _FOLDER = "gated"
 
+T = TypeVar("T")
 Plans = Mapping[Mode, GatedPlan]
 
 
@@ -197,13 +198,9 @@ def slots_of(subject: Subject, storage: Storage) -> SlotMaker | None:
     return slot_maker(opened.model, opened.config, opened.tokenizer, storage.run(base) if base else None)
 
 
-def labelled(label: str, lines: Generator[str, None, Any]) -> Generator[str, None, Any]:
+def labelled(label: str, lines: Generator[str, None, T]) -> Generator[str, None, T]:
     """The same lines behind a label."""
-    while True:
-        try:
-            yield f"{label}: {next(lines)}"
-        except StopIteration as end:
-            return end.value
+    return relay(lines, lambda line: f"{label}: {line}")
 
 
 # ---- in the job ------------------------------------------------------------------------------------------------------
@@ -251,11 +248,9 @@ def table_of(measured: Sequence[Measured], split: str) -> str:
     Raises:
         HRSError: if models of one preset differ in more than their seed, or were measured on different documents.
     """
-    settings: dict[str, ExperimentConfig] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for config in (one.config for one in measured):
-        # Every seed has a base of its own.
-        retrieval = dataclasses.replace(config.training.retrieval, base="", fingerprint="")
-        same = dataclasses.replace(config, seed=0, training=dataclasses.replace(config.training, retrieval=retrieval))
+        same = without_seed(to_dict(config))
         if settings.setdefault(config.preset, same) != same:
             raise HRSError(
                 f"the models of {config.preset} differ in more than their seed: name those of one setting at a time "

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hrs.errors import HRSError
 from hrs.report.statistics import Estimate, Interval, Scores, bootstrap
-from hrs.report.table import ABSENT, WIDTH, fixed, with_bounds
+from hrs.report.table import ABSENT, WIDTH, aligned, fixed, with_bounds, with_sign
 
 Shown = Literal["right", "shuffled", "off"]
 
@@ -83,11 +83,7 @@ def gated_table(readings: Sequence[GatedReading], split: str) -> str:
             raise HRSError(f"two models of {preset} have one seed: measure each of them by itself")
         body.append((f"{preset}, {mode}, causal {_causal(runs)}",))
         body += _rows(runs)
-    # The name of a group may be longer than its column: nothing stands to the right of it.
-    cells = [_HEADS, *(row for row in body if len(row) > 1)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    space = "  " if sum(widths) + 2 * len(widths) - 2 <= WIDTH else " "
-    lines = [space.join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in (_HEADS, *body)]
+    lines = aligned([_HEADS, *body])
     gates = [line for runs in groups.values() for line in _gate(runs)]
     notes = [line for note in _notes(readings, groups, split) for line in textwrap.wrap(note, WIDTH)]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *gates, "", *notes]) + "\n"
@@ -131,7 +127,7 @@ def _scores(runs: Sequence[GatedReading], name: Shown) -> Scores:
 
 def _gap(estimate: Estimate) -> str:
     gap: Interval | None = estimate.difference
-    return ABSENT if gap is None else with_bounds(gap, sign="+", mark="*" if gap.excludes_zero else " ")
+    return ABSENT if gap is None else with_sign(gap)
 
 
 def _causal(runs: Sequence[GatedReading]) -> str:

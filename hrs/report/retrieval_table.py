@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hrs.errors import HRSError
 from hrs.report.statistics import Estimate, Scores, bootstrap
-from hrs.report.table import ABSENT, WIDTH, fixed, with_bounds
+from hrs.report.table import ABSENT, WIDTH, aligned, fixed, with_bounds, with_sign
 
 _HEADS = ("configuration", "seeds", "reads", "bits/byte", "minus its own right", "minus no memory", "causal")
 
@@ -53,9 +53,7 @@ def retrieval_table(
     body = []
     for i, reading in enumerate(readings):
         gaps = [
-            ABSENT
-            if b is None or (gap := by_baseline[b][i].difference) is None
-            else with_bounds(gap, sign="+", mark="*" if gap.excludes_zero else " ")
+            ABSENT if b is None or (gap := by_baseline[b][i].difference) is None else with_sign(gap)
             for b in (own[i], against)
         ]
         row = (
@@ -66,12 +64,7 @@ def retrieval_table(
             *gaps,
         )
         body.append((*row, "yes" if reading.causal else "NO"))
-    widths = [max(map(len, column)) for column in zip(_HEADS, *body, strict=True)]
-    space = "  " if sum(widths) + 2 * len(widths) - 2 <= WIDTH else " "
-    lines = [
-        space.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in (_HEADS, *body)
-    ]
+    lines = aligned([_HEADS, *body])
     notes = _notes(readings, control, split, counted, plain[0])
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *notes]) + "\n"
 

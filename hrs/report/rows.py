@@ -92,13 +92,13 @@ def by_preset(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         runs.sort(key=lambda r: r.seed)
         if len({r.seed for r in runs}) < len(runs):
             raise HRSError(f"{preset} has several runs with one seed: report one study or code version at a time")
-        settings = [_without_seed(r.config) for r in runs if r.config]
+        settings = [without_seed(r.config) for r in runs if r.config]
         if any(s != settings[0] for s in settings):
             raise HRSError(f"the runs of {preset} differ in more than their seed: report each setting by itself")
     return groups
 
 
-def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without its seed, and without the run of that seed whose memories it reads."""
     settings = {name: value for name, value in config.items() if name != "seed"}
     if retrieval := config.get("training", {}).get("retrieval"):

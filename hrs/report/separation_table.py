@@ -8,7 +8,7 @@ import numpy as np
 
 from hrs.evaluation.separation import TASKS, Separation, Separations, Source, Task
 from hrs.report.statistics import Floats, Interval, seed_weights
-from hrs.report.table import WIDTH, with_bounds
+from hrs.report.table import WIDTH, with_bounds, with_sign
 
 _HEADS = ("configuration", "seeds", "AUC [95%]", "difference [95%]", "untrained", "embeddings", "accuracy", "majority")
 _KINDS = {"document": "segments of one document", "topic": "segments of two documents of one topic"}
@@ -71,7 +71,7 @@ def _cells(row: _Row, baseline: _Row) -> tuple[str, ...]:
     difference = "baseline"
     if row is not baseline:
         gap = _interval(row.mean("trained") - baseline.mean("trained"), row.replicates - baseline.replicates)
-        difference = with_bounds(gap, sign="+", mark="*" if gap.excludes_zero else " ")
+        difference = with_sign(gap)
     return (
         row.preset,
         str(len(row.scores)),

@@ -108,6 +108,22 @@ def with_bounds(interval: Interval, sign: str = "", mark: str = "") -> str:
     return f"{value}{mark} [{low},{high}]"
 
 
+def with_sign(gap: Interval) -> str:
+    """A difference with its bounds, and a star, or a space in its place, for an interval that excludes 0."""
+    return with_bounds(gap, sign="+", mark="*" if gap.excludes_zero else " ")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines of cells below each other, the first row the headings, with as much space between as fits.
+
+    A row of fewer cells names a group: it may be longer than its column, for nothing stands to the right of it.
+    """
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    space = "  " if sum(widths) + 2 * len(widths) - 2 <= WIDTH else " "
+    return [space.join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
+
+
 def plus_minus(interval: Interval) -> str:
     """``43.1 ±2.1``."""
     places = decimals(interval)
@@ -130,7 +146,7 @@ def _memory(n_bytes: int) -> str:
 
 def _difference(row: Row) -> str:
     if row.difference is not None:
-        return with_bounds(row.difference, sign="+", mark="*" if row.difference.excludes_zero else " ")
+        return with_sign(row.difference)
     return "baseline" if row.is_baseline and row.is_ranked else ABSENT
 
 

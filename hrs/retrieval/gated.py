@@ -8,10 +8,10 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hrs.generation
 from hrs.data.documents import SPLITS
@@ -19,7 +19,7 @@ from hrs.data.store import TokenStore
 from hrs.errors import HRSError
 from hrs.identity import code_fingerprint, code_version
 from hrs.models.base import LanguageModel
-from hrs.retrieval.bits import RetrievalReport, follow_retrieval
+from hrs.retrieval.bits import RetrievalReport, Walked, follow_retrieval
 from hrs.retrieval.calibration import (
     QUANTILE,
     RELEASE_QUANTILE,
@@ -28,10 +28,13 @@ from hrs.retrieval.calibration import (
     token_entropies,
 )
 from hrs.retrieval.entropy import GateSettings
-from hrs.retrieval.populate import Population, populated_once
+from hrs.retrieval.populate import Filled, Population, populated_once
 from hrs.retrieval.retriever import RetrievalOptions, Retriever
 from hrs.retrieval.segments import default_cut
 from hrs.retrieval.store import EngramStore
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -142,15 +145,12 @@ def training_memories(model: LanguageModel, tokens: TokenStore, root: Path) -> G
     """The segments of the training text, each read alone as a query is; below ``root``, filled once for each model.
     Yields lines to print."""
     pace, population = _Pace(), Population(cut=default_cut(model, "isolated"))
-    filling = populated_once(model, tokens, population, root)
-    while True:
-        try:
-            state = next(filling)
-        except StopIteration as end:
-            memories: EngramStore = end.value
-            return memories
-        if pace.lets_through(state.done == state.total and state.stage != "done"):
-            yield f"{state.stage} {state.done:,} of {state.total:,} segments"
+
+    def line(state: Filled) -> str | None:
+        told = pace.lets_through(state.done == state.total and state.stage != "done")
+        return f"{state.stage} {state.done:,} of {state.total:,} segments" if told else None
+
+    return (yield from relay(populated_once(model, tokens, population, root), line))
 
 
 def measure_gated(
@@ -163,15 +163,26 @@ def measure_gated(
     """
     pace, began = _Pace(), time.monotonic()
     options = dataclasses.replace(plan.options, gate=gate.settings)
+
+    def line(state: Walked) -> str | None:
+        told = pace.lets_through(state.done == state.total)
+        return f"{state.control}: {state.done} of {state.total} documents" if told else None
+
     walking = follow_retrieval(retriever, tokens.split(plan.split), options, documents=plan.documents)
+    report = yield from relay(walking, line)
+    return GatedResult(gate=gate, n_memories=n_memories, seconds=time.monotonic() - began, report=report)
+
+
+def relay(states: Generator[S, None, R], line: Callable[[S], str | None]) -> Generator[str, None, R]:
+    """What ``line`` makes of each of some states, if anything; returns what they return."""
     while True:
         try:
-            state = next(walking)
+            told = line(next(states))
         except StopIteration as end:
-            seconds = time.monotonic() - began
-            return GatedResult(gate=gate, n_memories=n_memories, seconds=seconds, report=end.value)
-        if pace.lets_through(state.done == state.total):
-            yield f"{state.control}: {state.done} of {state.total} documents"
+            returned: R = end.value
+            return returned
+        if told is not None:
+            yield told
 
 
 class _Pace:
