@@ -246,6 +246,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model; default its preset.")] = None,
     slots: Annotated[int, typer.Option(help="Texts a replica continues at the same time.")] = 8,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait for a slot of a replica.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens a request may ask for.")] = 2048,
     replicas: Annotated[int, typer.Option(help="Most copies of the model; one runs, others come with the load.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of each replica.")] = 1,
     memories: Annotated[
@@ -265,6 +266,7 @@ def serve(
         "name": name,
         "slots": slots,
         "max_queue": max_queue,
+        "max_new_tokens": max_new_tokens,
         "max_replicas": replicas,
         "threads": threads,
         "memories": memories and str(memories.absolute()),
