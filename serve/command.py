@@ -24,6 +24,8 @@ _OWN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
+    # Serve kills a proxy that does not start within 5 s, and a busy machine needs longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy.middlewares",
     # The routes share the replica's event loop, so no message of a stream changes threads. They may, for they wait for
     # the engine's thread and the disk without blocking the loop that also answers Serve's health checks.
@@ -80,6 +82,7 @@ def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> Non
         os.environ.setdefault(name, value)
     import ray
     from ray import serve as ray_serve
+    from ray.exceptions import RayError
 
     from serve.app import build
 
@@ -99,10 +102,10 @@ def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> Non
             _temp_dir=folder,
         )
         quiet = {"log_level": "WARNING", "enable_access_log": False}
-        ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
         try:
+            ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
             replicas = ray_serve.run(build(settings), name="hrs", route_prefix="/", logging_config=quiet)
-        except RuntimeError as error:
+        except (RuntimeError, RayError) as error:
             raise HRSError(f"the endpoint did not come up: {_last_line(error)}") from error
         signals = _Signals()
         print(f"model:     {settings.name} ({settings.model})", flush=True)
