@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hrs.export.quantize import Grid, Quantized, rounded_steps
+from hrs.export.quantize import Grid, Quantized, divisors, rounded_steps
 from hrs.models import LanguageModel
 
 _DAMPING = 0.01
@@ -57,7 +57,7 @@ def quantize_calibrated(weight: Tensor, grid: Grid, hessian: Tensor) -> Quantize
         HRSError: if a weight is not finite.
     """
     scales, unit = rounded_steps(weight.detach().float(), grid)
-    steps = (scales.double() * unit).clamp_min(torch.finfo(torch.float32).tiny)[:, None]  # [out, 1]
+    steps = divisors(scales, unit).double()[:, None]  # [out, 1]
     left = weight.detach().double().clone()
     damping = _DAMPING * hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64)

@@ -93,6 +93,12 @@ def rounded_steps(rows: Tensor, grid: Grid) -> tuple[Tensor, float]:
     return scales, unit
 
 
+def divisors(scales: Tensor, unit: float) -> Tensor:
+    """Steps [R] float32 to divide rows by: 1 where the step is 0, for there every weight is."""
+    steps = (scales.double() * unit).float()
+    return torch.where(steps > 0, steps, 1.0)
+
+
 def quantize(weight: Tensor, grid: Grid) -> Quantized:
     """Round to nearest. ``weight`` [..., C] floating, on the CPU.
 
@@ -101,6 +107,5 @@ def quantize(weight: Tensor, grid: Grid) -> Quantized:
     """
     rows = rows_of(weight.detach().float())
     scales, unit = rounded_steps(rows, grid)
-    steps = (scales.double() * unit).float().clamp_min(torch.finfo(torch.float32).tiny)  # zero rows: 0 / tiny
-    levels = (rows / steps[:, None]).round().clamp(-grid.limit, grid.limit).to(torch.int8)
+    levels = (rows / divisors(scales, unit)[:, None]).round().clamp(-grid.limit, grid.limit).to(torch.int8)
     return Quantized(levels, scales, unit)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -23,6 +23,7 @@ MATRICES = arrays.arrays(
 
 @settings(max_examples=100, deadline=None)
 @given(weight=MATRICES, bits=st.sampled_from(BITS))
+@example(weight=np.full((1, 1), np.finfo(np.float32).tiny), bits=8)  # the step is subnormal
 def test_a_weight_moves_by_half_a_step_of_its_row_at_most(weight: np.ndarray, bits: int) -> None:
     rows = torch.from_numpy(weight)
     grid = Grid(bits)
