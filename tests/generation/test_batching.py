@@ -115,7 +115,8 @@ def scenario(model: LanguageModel, data: st.DataObject, tolerance: float) -> Non
     rows: list[list[SampledToken]] = []
     gone: set[int] = set()
     arrivals = data.draw(st.lists(st.sampled_from(["add", "cancel", "step", "step"]), max_size=25), label="arrivals")
-    for action in [*arrivals, *["step"] * 400]:
+    most = 6 * (40 + 14 * CONTEXT)  # steps, if every token is read alone and every new one begins a window
+    for action in [*arrivals, *["step"] * most]:
         if action == "add" and len(requests) < 6:
             length, sampling = data.draw(st.integers(1, 40)), data.draw(st.sampled_from(SAMPLINGS))
             requests.append((text(length), sampling))
