@@ -105,7 +105,7 @@ def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> Non
         try:
             ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
             replicas = ray_serve.run(build(settings), name="hrs", route_prefix="/", logging_config=quiet)
-        except (RuntimeError, RayError) as error:
+        except (RuntimeError, TimeoutError, RayError) as error:
             raise HRSError(f"the endpoint did not come up: {_last_line(error)}") from error
         signals = _Signals()
         print(f"model:     {settings.name} ({settings.model})", flush=True)

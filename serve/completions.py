@@ -87,7 +87,7 @@ class _Job:
             raise ApiError(422, sentence, param="n")
         if n_new > limits.max_new_tokens:
             sentence = f"max_tokens of {n_new} is more than the {limits.max_new_tokens} this endpoint writes"
-            raise ApiError(422, sentence, param="max_tokens")
+            raise ApiError(422, f"{sentence}: ask for fewer", param="max_tokens")
         seed = secrets.randbits(53) if body.seed is None else body.seed
         job = cls(backend, body, sum(map(len, prompts)), n_new, seed)
         for ids in prompts:

@@ -53,7 +53,7 @@ class Quantized:
     @property
     def steps(self) -> Tensor:
         """[R] float32."""
-        return (self.scales.double() * self.unit).float()
+        return _steps(self.scales, self.unit)
 
     def dequantize(self) -> Tensor:
         """[R, C] float32."""
@@ -94,9 +94,13 @@ def rounded_steps(rows: Tensor, grid: Grid) -> tuple[Tensor, float]:
 
 
 def divisors(scales: Tensor, unit: float) -> Tensor:
-    """Steps [R] float32 to divide rows by: 1 where the step is 0, for there every weight is."""
-    steps = (scales.double() * unit).float()
+    """Steps [R] float32 to divide rows by: 1 where the step is 0, as in a row of zeros."""
+    steps = _steps(scales, unit)
     return torch.where(steps > 0, steps, 1.0)
+
+
+def _steps(scales: Tensor, unit: float) -> Tensor:
+    return (scales.double() * unit).float()
 
 
 def quantize(weight: Tensor, grid: Grid) -> Quantized:

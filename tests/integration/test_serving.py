@@ -374,14 +374,16 @@ class Newcomers:
         self._thread.start()
 
     def _ask(self) -> None:
-        while self._command.process.poll() is None:
-            began = time.monotonic()
-            try:
-                answer = httpx.get(f"http://127.0.0.1:{self._command.port}/v1/models", timeout=60)
-            except httpx.TransportError as error:
-                answer = error
-            self._answers.append((time.monotonic() - began, answer))
-            time.sleep(0.02)
+        alone = httpx.Limits(max_keepalive_connections=0)  # every request comes by a connection of its own
+        with httpx.Client(base_url=f"http://127.0.0.1:{self._command.port}", limits=alone, timeout=60) as client:
+            while self._command.process.poll() is None:
+                began = time.monotonic()
+                try:
+                    answer = client.get("/v1/models")
+                except httpx.TransportError as error:
+                    answer = error
+                self._answers.append((time.monotonic() - began, answer))
+                time.sleep(0.02)
 
     def were_told(self) -> None:
         """By 503 in OpenAI's shape, at once, or by nobody being there any more; and at no time by anything else."""
@@ -389,7 +391,7 @@ class Newcomers:
         kinds = [answer.status_code if isinstance(answer, httpx.Response) else 0 for _, answer in self._answers]
         told = [answer for _, answer in self._answers if isinstance(answer, httpx.Response)][kinds.count(200) :]
         assert kinds == [200] * kinds.count(200) + [503] * len(told) + [0] * kinds.count(0)
-        assert told
+        assert len(told) > 5
         for answer in told:
             assert answer.json()["error"]["type"] == "service_unavailable_error"
             assert int(answer.headers["retry-after"]) >= 1
@@ -436,8 +438,8 @@ def test_replies_that_are_cut_off_are_told_so(run_directory: Path, storage: Path
     def both_run(health: httpx.Response) -> bool:
         return health.json()["running"] == 2 * body["n"]
 
-    grace, seconds = (300, 2) if impatient else (4, 4)
-    options = ["--name", "tiny", "--grace", str(grace), "--max-new-tokens", "50000"]
+    seconds = 4  # until the running replies are cut off
+    options = ["--name", "tiny", "--grace", "300" if impatient else str(seconds), "--max-new-tokens", "50000"]
     with Command(run_directory, storage, *options) as command:
         base = f"http://127.0.0.1:{command.port}/v1"
         body = {"model": "tiny", "prompt": "The", "max_tokens": 50_000, "n": 4, "temperature": 0}
@@ -472,7 +474,7 @@ def test_replies_that_are_cut_off_are_told_so(run_directory: Path, storage: Path
             assert "stopped before this reply was finished" in cut_off.json()["error"]["message"]
             stopped = time.monotonic() - began
             print(f"stopped in {stopped:.1f} s")
-            assert seconds <= stopped < seconds + 15
+            assert seconds <= stopped < 15
         assert command.process.wait(timeout=60) == 0, "".join(command.said)
         newcomers.were_told()
 
