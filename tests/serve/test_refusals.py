@@ -212,7 +212,7 @@ def test_a_full_queue_is_said_at_once_and_drains(another) -> None:
         first = client.completions.create(**LONG, stream=True)
         next(first)
         waiting: list[openai.types.Completion] = []
-        thread = threading.Thread(target=lambda: waiting.append(client.completions.create(**BASE)))
+        thread = threading.Thread(target=lambda: waiting.append(client.completions.create(**BASE, temperature=0)))
         thread.start()
         deadline = time.monotonic() + 20
         while endpoint.backend.n_running < 2:
@@ -253,7 +253,7 @@ def test_a_client_that_leaves_frees_its_slot(another, stream: bool) -> None:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(f"{endpoint.url}/v1/completions", json=body, timeout=httpx.Timeout(30, read=0.2))
         endpoint.wait_until_idle()
-        assert endpoint.client().completions.create(**BASE).usage.completion_tokens == 2
+        assert endpoint.client().completions.create(**BASE, temperature=0).usage.completion_tokens == 2
         page = httpx.get(f"{endpoint.url}/metrics").text
         assert 'hrs_cancelled_total{replica="0"} 1.0' in page
 
