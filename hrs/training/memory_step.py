@@ -70,7 +70,7 @@ def training_step_peak(
     carry_sparse_gradients(optimizer, n_micro_batches)
     stepper = Stepper(model, optimizer, training, torch.device("cpu"), micro_batch)
     windows = torch.zeros(micro_batch * min(2, n_micro_batches), model_config.max_seq_len + 1, dtype=torch.int64)
-    context = _context(model, len(windows))
+    context = context_of(model, len(windows))
 
     def accumulate_gradients() -> None:
         with imitation or nullcontext():
@@ -80,7 +80,7 @@ def training_step_peak(
     return measure_step(counter, model, optimizer, accumulate_gradients, training.optimizer.clip_norm)
 
 
-def _context(model: LanguageModel, batch: int) -> WindowContext | None:
+def context_of(model: LanguageModel, batch: int) -> WindowContext | None:
     """Everything the model wants to be told of ``batch`` windows, in its shape; None if it wants nothing."""
     n_history = model.history_tokens
     history = torch.zeros(batch, n_history, dtype=torch.int64) if n_history else None
