@@ -13,21 +13,22 @@ several hundred MiB of a GPU until it ends. They are handled here once. Tests re
 simulations that raise the errors of the real ones (``tests/simulated_gpu.py``).
 """
 
-import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hrs.errors import HRSError
+
+T = TypeVar("T")
 
 PROBE_SECONDS = 120.0
 """Longest time that the probing process may take to import torch and open every GPU."""
@@ -37,6 +38,9 @@ FIRST_BF16_CAPABILITY = (8, 0)
 
 # CUDA lists the fastest GPU first by default and NVML by PCI bus: with mixed GPUs an index would mean two of them.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+# Segments that grow lose little to fragmentation, which counts against a cap. torch reads this when CUDA first starts.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,38 +143,65 @@ class Cuda:
         """Where tensors of GPU ``index`` live; a simulation keeps them in the memory of the host."""
         return torch.device("cuda", index)
 
+    def index_of(self, device: torch.device) -> int | None:
+        """Return the index of the GPU whose tensors live on ``device``; None for another kind of device."""
+        return (device.index or 0) if device.type == "cuda" else None
+
+    def move(self, module: nn.Module, device: torch.device) -> None:
+        module.to(device)
+
+    def probe(self) -> str:
+        """Return what a new process prints that calls :func:`print_gpus` and ends.
+
+        Raises:
+            HRSError: if it fails or does not end.
+        """
+        command = [sys.executable, "-c", "from hrs.gpu import print_gpus; print_gpus()"]
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=environment)
+        except subprocess.TimeoutExpired:
+            raise HRSError(f"the GPUs did not answer within {PROBE_SECONDS:.0f} s: check `nvidia-smi`") from None
+        if done.returncode:
+            raise HRSError(f"the GPUs cannot be opened ({_last_line(done.stderr)}): check `nvidia-smi`")
+        return done.stdout
+
 
 class Nvml:
-    """What the driver tells of GPUs without CUDA; empty where NVML or its Python binding is missing."""
+    """What the driver tells of GPUs without CUDA; nothing where NVML or its Python binding is missing."""
 
     def driver_version(self) -> str | None:
-        """Version of the NVIDIA driver, such as ``570.86``; None if there is no driver."""
-        with self._library() as nvml:
-            return None if nvml is None else str(nvml.nvmlSystemGetDriverVersion())
+        """Return the version of the NVIDIA driver, such as ``570.86``; None if NVML cannot tell."""
+        return self._ask(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
 
-    def memory(self, uuid: str) -> tuple[int, int] | None:
-        """Free and total bytes of the GPU with this UUID; None if NVML cannot tell."""
-        with self._library() as nvml:
-            if nvml is None:
-                return None
-            info = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid))
-            return int(info.free), int(info.total)
+    def memory(self) -> dict[str, tuple[int, int]]:
+        """Return free and total bytes of every GPU of the machine by UUID; empty if NVML cannot tell."""
+
+        def ask(nvml: Any) -> dict[str, tuple[int, int]]:
+            found = {}
+            for index in range(nvml.nvmlDeviceGetCount()):
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                info = nvml.nvmlDeviceGetMemoryInfo(handle)
+                found[str(nvml.nvmlDeviceGetUUID(handle))] = (int(info.free), int(info.total))
+            return found
+
+        return self._ask(ask) or {}
 
     def device_count(self) -> int:
-        """GPUs of the machine, whatever ``CUDA_VISIBLE_DEVICES`` says; 0 if NVML cannot tell."""
-        with self._library() as nvml:
-            return 0 if nvml is None else int(nvml.nvmlDeviceGetCount())
+        """Return the number of GPUs of the machine, whatever ``CUDA_VISIBLE_DEVICES`` says; 0 if NVML cannot tell."""
+        return self._ask(lambda nvml: int(nvml.nvmlDeviceGetCount())) or 0
 
-    @contextlib.contextmanager
-    def _library(self) -> Iterator[Any]:
+    def _ask(self, question: Callable[[Any], T]) -> T | None:
         try:
             nvml = importlib.import_module("pynvml")
             nvml.nvmlInit()
         except Exception:  # no binding (the `gpu` extra), no driver, or a driver of another version than its library
-            yield None
-            return
+            return None
         try:
-            yield nvml
+            return question(nvml)
+        except nvml.NVMLError:  # such as "not supported" by a GPU that is divided
+            return None
         finally:
             nvml.nvmlShutdown()
 
@@ -197,7 +228,7 @@ class Gpu:
             if not 0 <= index < count:
                 raise HRSError(f"device cuda:{index} does not exist: there are {count} GPUs, numbered from 0")
             cuda.set_device(self._device)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
             raise HRSError(f"GPU {index} cannot be opened ({_first_line(error)}): check `nvidia-smi`") from error
 
     @property
@@ -307,8 +338,9 @@ def open_gpu(name: str) -> Gpu | None:
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """Open the GPU on which a tensor's ``device`` lies; None for a device that is not CUDA."""
-    return Gpu(device.index or 0) if device.type == "cuda" else None
+    """Open the GPU whose tensors live on ``device``; None for a device that is not a GPU."""
+    index = cuda.index_of(device)
+    return None if index is None else Gpu(index)
 
 
 def has_gpu() -> bool:
@@ -348,31 +380,20 @@ def probe_gpus() -> tuple[GpuProperties, ...]:
     if not _driver_present():
         return ()
     require_usable_gpus()
-    command = [sys.executable, "-c", "from hrs.gpu import print_gpus; print_gpus()"]
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=environment)
-    except subprocess.TimeoutExpired:
-        raise HRSError(f"the GPUs did not answer within {PROBE_SECONDS:.0f} s: check `nvidia-smi`") from None
-    if done.returncode:
-        raise HRSError(f"the GPUs cannot be opened ({_last_line(done.stderr)}): check `nvidia-smi`")
     return tuple(
         GpuProperties(**{**values, "capability": tuple(values["capability"])})
-        for values in json.loads(done.stdout.splitlines()[-1])
+        for values in json.loads(cuda.probe().splitlines()[-1])
     )
 
 
 def print_gpus() -> None:
     """Print the properties of all usable GPUs as one line of JSON: the probing process."""
+    idle = nvml.memory()  # before CUDA is opened: afterwards the context of this process would count as in use
     found = []
     for index in range(cuda.device_count()):
         gpu = Gpu(index).properties
-        memory = nvml.memory(gpu.uuid) if gpu.uuid else None  # of NVML: without the context that was opened just now
-        values = asdict(gpu)
-        if memory is not None:
-            values["free_bytes"] = max(memory[0], gpu.free_bytes)
-        found.append(values)
+        free, _ = idle.get(gpu.uuid, (gpu.free_bytes, gpu.total_bytes))
+        found.append(asdict(gpu) | {"free_bytes": min(free, gpu.total_bytes)})
     print(json.dumps(found))
 
 
@@ -404,7 +425,8 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",  # cuBLAS makes its handle when it is first used, and says this if that fails
     "CUDNN_STATUS_ALLOC_FAILED",
-    "NCCL Error 1: unhandled cuda error",
+    "Cuda failure 2 'out of memory'",  # NCCL
+    "Cuda failure 'out of memory'",  # NCCL, some versions
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
 )
@@ -412,10 +434,18 @@ _OUT_OF_MEMORY = (
 _GONE = (
     "device-side assert",
     "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
     "unspecified launch failure",
+    "hardware stack error",
+    "launch timed out",
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
     "GPU is lost",
     "no CUDA-capable device",
+    "CUDA error: unknown error",
 )
+"""Errors after which a process cannot use its CUDA context any more (CUDA Runtime API, section on ``cudaError``)."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
