@@ -13,9 +13,11 @@ several hundred MiB of a GPU until it ends. They are handled here once. Tests re
 simulations that raise the errors of the real ones (``tests/simulated_gpu.py``).
 """
 
+import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,11 +171,23 @@ class Cuda:
 
 
 class Nvml:
-    """What the driver tells of GPUs without CUDA; nothing where NVML or its Python binding is missing."""
+    """What the driver tells of GPUs without CUDA.
+
+    Where NVML or its Python binding is missing, version and number come from the files of the kernel module, so that a
+    GPU is not overlooked for want of the binding.
+    """
+
+    proc = Path("/proc/driver/nvidia")
+    """Where the kernel module of the driver describes itself."""
 
     def driver_version(self) -> str | None:
-        """Return the version of the NVIDIA driver, such as ``570.86``; None if NVML cannot tell."""
-        return self._ask(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
+        """Return the version of the NVIDIA driver, such as ``570.86``; None if there is no driver."""
+        told = self._ask(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
+        if told is None:
+            with contextlib.suppress(OSError):
+                found = re.search(r"\b\d{3,}(?:\.\d+)+", (self.proc / "version").read_text())
+                told = found[0] if found else None
+        return told
 
     def memory(self) -> dict[str, tuple[int, int]]:
         """Return free and total bytes of every GPU of the machine by UUID; empty if NVML cannot tell."""
@@ -189,8 +203,12 @@ class Nvml:
         return self._ask(ask) or {}
 
     def device_count(self) -> int:
-        """Return the number of GPUs of the machine, whatever ``CUDA_VISIBLE_DEVICES`` says; 0 if NVML cannot tell."""
-        return self._ask(lambda nvml: int(nvml.nvmlDeviceGetCount())) or 0
+        """Return the number of GPUs of the machine, whatever ``CUDA_VISIBLE_DEVICES`` says; 0 if nothing can tell."""
+        count = self._ask(lambda nvml: int(nvml.nvmlDeviceGetCount()))
+        if count is None:
+            with contextlib.suppress(OSError):
+                count = len(list((self.proc / "gpus").iterdir()))
+        return count or 0
 
     def _ask(self, question: Callable[[Any], T]) -> T | None:
         try:

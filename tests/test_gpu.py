@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import hrs.gpu
 from hrs.errors import HRSError
-from hrs.gpu import Gpu, gpu_of, has_gpu, is_gone, is_out_of_memory, open_gpu, probe_gpus, require_usable_gpus
+from hrs.gpu import Gpu, Nvml, gpu_of, has_gpu, is_gone, is_out_of_memory, open_gpu, probe_gpus, require_usable_gpus
 from tests.simulated_gpu import (
     CONTEXT_BYTES,
     GIB,
@@ -146,6 +147,23 @@ print(os.environ.get("PYTORCH_ALLOC_CONF"))
     clean = {name: value for name, value in os.environ.items() if name not in set_here}
     done = subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["expandable_segments:True", "PCI_BUS_ID", "None"]
+
+
+def test_without_nvml_the_kernel_module_tells_version_and_number(tmp_path: Path) -> None:
+    class Unbound(Nvml):
+        proc = tmp_path
+
+        def _ask(self, question: object) -> None:
+            return None
+
+    assert (Unbound().driver_version(), Unbound().device_count()) == (None, 0)
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    (tmp_path / "gpus" / "0000:02:00.0").mkdir()
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)\n"
+        "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
+    )
+    assert (Unbound().driver_version(), Unbound().device_count()) == ("570.86.15", 2)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
