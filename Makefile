@@ -3,6 +3,7 @@
 #   make demo         the whole system once on this machine; ARGS="--seeds 3" goes to jobs/ablation_sweep.py
 #   make test         lint, types, import rules and all tests
 #   make test-fast    the same without the tests that start real services or train for long
+#   make fuzz         the property tests at random, with 20 times the examples; SEED=N repeats a run, ARGS="-k NAME" one test
 #   make ui           MLflow over the same store
 #   make setup        only install; the other targets do it by themselves
 #   make clean        remove the environment and the caches; results stay in the storage folder
@@ -11,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 5000
 ARGS ?=
+# Drawn once, unless the command line gives it.
+SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # uv knows nothing of pip's settings; an empty value is fine, a folder that is missing is not.
@@ -26,7 +29,7 @@ export PYTHONDONTWRITEBYTECODE =
 # Nothing here may attach to a cluster this shell happens to point at.
 unexport RAY_ADDRESS
 
-.PHONY: setup demo check test test-fast ui clean
+.PHONY: setup demo check test test-fast fuzz ui clean
 
 setup: $(STAMP)
 
@@ -54,6 +57,10 @@ test: check
 
 test-fast: check
 	$(BIN)/pytest -q -n logical $(ARGS)
+
+fuzz: $(STAMP)
+	@echo 'to repeat this run: make fuzz SEED=$(SEED) ARGS="$(ARGS)"'
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest -q -n logical -m hypothesis --hypothesis-seed=$(SEED) --timeout 3600 $(ARGS)
 
 ui: $(STAMP)
 	@$(BIN)/hrs ui --port $(PORT)

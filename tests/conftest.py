@@ -1,11 +1,12 @@
-"""One environment for every test, one local Ray for those that need it, one small corpus."""
+"""One environment and fixed seeds for every test, one local Ray for those that need it, one small corpus."""
 
 import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,13 +26,80 @@ os.environ.update(
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "HRS_STORAGE", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
+from properties import DEFAULT_EXAMPLES, FUZZ_TIMES
 
 from hrs.config import DataConfig
 from hrs.data import TokenStore, open_tokens
 
 torch.set_num_threads(1)
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+class TorchGenerator:
+    """Torch's global generator with the methods of ``random.Random`` that Hypothesis calls."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_GENERATOR = TorchGenerator()  # Hypothesis holds a weak reference
+hypothesis.register_random(TORCH_GENERATOR)
+
+# No deadline and no check for slow data: both would measure the load of the machine.
+ALWAYS = hypothesis.settings(
+    deadline=None, database=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("test", ALWAYS, derandomize=True, max_examples=DEFAULT_EXAMPLES)
+hypothesis.settings.register_profile("fuzz", ALWAYS, derandomize=False, max_examples=DEFAULT_EXAMPLES * FUZZ_TIMES)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
+
+
+def seed_by(name: str) -> None:
+    """Seed the global generators of Python, NumPy and torch with a checksum of ``name``."""
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Seed what a test module draws while it is imported."""
+    if isinstance(collector, pytest.Module):
+        seed_by(collector.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed every test by its name: its draws do not depend on the tests before it."""
+    seed_by(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """Seed shared fixtures by their own name: their draws do not depend on the test that asks first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_by(f"{fixturedef.baseid}::{fixturedef.argname}[{request.param_index}]")
+    try:
+        return (yield)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+# ---- shared fixtures -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

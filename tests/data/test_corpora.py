@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from hrs.data import Document, documents, load_corpus, split_of
 from hrs.errors import HRSError
@@ -40,7 +41,7 @@ def test_splits_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     assert outputs == {f"{[split_of(t) for t in titles]}\n"}
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.text(st.characters(codec=None)))
 def test_every_title_has_a_split(title: str) -> None:
     assert split_of(title) in documents.SPLITS

@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from properties import examples
 from tokenizers import Tokenizer
 
 from hrs.data.tokenization import build_tokenizer, end_of_text_id, token_bytes
@@ -90,7 +91,7 @@ def test_training_twice_gives_identical_files_in_every_process() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe"])
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @example("👩‍👩‍👧‍👦 🇳🇴 é e\u0301 \u200b\x00\x7f\r\n\t  ")
 @example("before <|endoftext|> after")

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -232,7 +233,7 @@ def test_metrics_of_a_model_without_router_name_no_routing(evaluation: Evaluatio
 
 
 @given(rank=st.integers(1, 8), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_equal_singular_values_have_their_number_as_effective_rank(rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(20, rank, generator=generator, dtype=torch.float64)).Q

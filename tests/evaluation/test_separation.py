@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from properties import examples
 
 from hrs.data import TokenStore
 from hrs.errors import HRSError
@@ -80,7 +81,7 @@ def test_auc_equals_counting_pairs(task: separation.Task, coarse: bool) -> None:
     assert score.auc == pytest.approx(naive_auc(np.where(engrams.any(1, keepdims=True), engrams, 1.0), cut, task))
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 3)), min_size=2, max_size=30),
 )
@@ -144,7 +145,7 @@ def test_accuracy_is_counted_on_documents_that_the_threshold_never_saw() -> None
     assert np.mean(held_out) < 0
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(pairs=st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12))
 def test_the_best_threshold_is_the_best_of_all(pairs: list[tuple[int, bool]]) -> None:
     pairs.sort()

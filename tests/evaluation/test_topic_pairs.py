@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from properties import examples
 
 from hrs.data import TokenStore
 from hrs.errors import HRSError
@@ -133,7 +134,7 @@ def test_what_is_fitted_never_sees_the_held_out_articles() -> None:
 # ---- threshold and classifier ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=80)
+@examples(80)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=14))
 def test_the_threshold_is_the_best_of_all_for_kinds_of_equal_weight(pairs: list[tuple[int, bool]]) -> None:
     cosine, same = np.array([c for c, _ in pairs], dtype=float), np.array([s for _, s in pairs])

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from export_checks import small_config, small_model, small_tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import nn
 
 from hrs.errors import HRSError
@@ -157,7 +158,7 @@ def test_the_tokenizer_travels(artifact: Path) -> None:
     assert theirs.token_to_id("<|endoftext|>") not in theirs.encode(text).ids
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(data=st.data())
 def test_any_flipped_bit_is_refused_in_one_sentence(artifact: Path, data: st.DataObject) -> None:
     content = bytearray(artifact.read_bytes())
@@ -170,7 +171,7 @@ def test_any_flipped_bit_is_refused_in_one_sentence(artifact: Path, data: st.Dat
     assert "\n" not in str(refused.value) and str(damaged) in str(refused.value)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_any_cut_or_appended_file_is_refused(artifact: Path, data: st.DataObject) -> None:
     content = artifact.read_bytes()

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from properties import examples
 
 from hrs.errors import HRSError
 from hrs.export.as_built import quantize_as_built
@@ -21,7 +22,7 @@ MATRICES = arrays.arrays(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(weight=MATRICES, bits=st.sampled_from(BITS))
 @example(weight=np.full((1, 1), np.finfo(np.float32).tiny), bits=8)  # the step is subnormal
 def test_a_weight_moves_by_half_a_step_of_its_row_at_most(weight: np.ndarray, bits: int) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from distinct_models import DISTINCT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor
 
 from hrs.errors import HRSError
@@ -145,7 +146,7 @@ def scenario(model: LanguageModel, data: st.DataObject, tolerance: float) -> Non
 
 
 @pytest.mark.parametrize("preset", ["dense_baseline", "v2_attn_conv", "dual_head_router", "full_hrs"])
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(data=st.data())
 def test_any_coming_and_going(preset: str, data: st.DataObject) -> None:
     scenario(micro(preset), data, 1e-10)
@@ -153,13 +154,13 @@ def test_any_coming_and_going(preset: str, data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", DISTINCT)
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(data=st.data())
 def test_any_coming_and_going_with_every_model(preset: str, data: st.DataObject) -> None:
     scenario(micro(preset), data, 1e-10)
 
 
-@settings(deadline=None, max_examples=6)
+@examples(6)
 @given(data=st.data())
 def test_any_coming_and_going_in_float32(data: st.DataObject) -> None:
     scenario(micro("dense_baseline", torch.float32), data, 1e-4)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -177,7 +177,6 @@ def test_what_slid_out_is_handed_on_as_history(keep: int) -> None:
     assert (told - reference_logits(model, text, 8)).abs().max() > 1  # the history matters to this model
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.data())
 def test_window_length_follows_a_reader(context: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, context))

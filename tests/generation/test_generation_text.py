@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hrs.data import TokenStore
@@ -37,14 +37,12 @@ def until_stop(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(deadline=None)
 @given(LETTERS, STOPS, st.lists(st.integers(0, 40)))
 def test_text_does_not_depend_on_the_pieces_it_came_in(text: str, stops: list[str], cuts: list[int]) -> None:
     parts, stopped = assembled(cut(text.encode(), cuts), stops)
     assert ("".join(parts), stopped) == until_stop(text, stops)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=20), st.lists(st.integers(0, 20)))
 def test_bytes_that_are_not_utf8_become_replacement_characters(data: bytes, cuts: list[int]) -> None:
     parts, _ = assembled(cut(data, cuts), [])
@@ -58,7 +56,6 @@ def test_only_what_is_uncertain_is_held_back() -> None:
     assert assembled([b"one E", b"N", b"D two", b"three"], ["END"]) == (["one ", "", "", ""], True)
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_pieces_spell_what_the_tokenizer_decodes(data: st.DataObject, small_store: TokenStore) -> None:
     ids = data.draw(st.lists(st.integers(0, 299), max_size=20))

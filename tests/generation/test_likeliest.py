@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -139,7 +139,6 @@ def test_only_rows_that_ask_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
     assert asked == [[2, 0, 3], [2, 0], [2, 0]]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(LOGITS, st.integers(0, 7)), min_size=1, max_size=4))
 def test_equal_logits_stand_in_the_order_of_their_ids(rows: list[tuple[list[float], int]]) -> None:
     n_best = [n for _, n in rows]

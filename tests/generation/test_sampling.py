@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,7 +43,6 @@ def possible(logits: list[float]) -> set[int]:
     return {i for i, x in enumerate(logits) if x > -math.inf}
 
 
-@settings(deadline=None)
 @given(LOGITS, st.integers(1, 14))
 def test_top_k(logits: list[float], k: int) -> None:
     """Everything that fewer than k tokens are better than."""
@@ -51,7 +50,6 @@ def test_top_k(logits: list[float], k: int) -> None:
     assert kept(keep_top_k(rows(logits), k)) == expected & possible(logits)
 
 
-@settings(deadline=None)
 @given(LOGITS, PROBABILITY)
 def test_top_p_is_the_smallest_set_that_reaches_p(logits: list[float], p: float) -> None:
     result, share = keep_top_p(rows(logits), p), probabilities(logits)
@@ -72,7 +70,6 @@ def test_top_p_on_the_edge_and_among_equals() -> None:
     assert kept(keep_top_p(torch.tensor([[0.0, 3.0, 1.0]]), 0.0)) == {1}
 
 
-@settings(deadline=None)
 @given(LOGITS, PROBABILITY)
 def test_min_p(logits: list[float], p: float) -> None:
     result, share = keep_min_p(rows(logits), p), probabilities(logits)
@@ -80,7 +77,6 @@ def test_min_p(logits: list[float], p: float) -> None:
     assert kept(result) == {i for i, x in enumerate(share) if x >= p * max(share)}
 
 
-@settings(deadline=None)
 @given(LOGITS, st.floats(0.5, 4), st.data())
 def test_repetition_penalty(logits: list[float], penalty: float, data: st.DataObject) -> None:
     seen = data.draw(st.lists(st.booleans(), min_size=len(logits), max_size=len(logits)))
@@ -90,7 +86,6 @@ def test_repetition_penalty(logits: list[float], penalty: float, data: st.DataOb
     assert penalise_repetition(rows(logits), torch.tensor([seen]), penalty)[0].tolist() == expected
 
 
-@settings(deadline=None)
 @given(LOGITS, st.floats(0.01, 50))
 def test_temperature_flattens_the_distribution(logits: list[float], temperature: float) -> None:
     expected = probabilities([x / temperature for x in [y - max(logits) for y in logits]] if logits else [])
@@ -115,7 +110,6 @@ def test_filters_leave_rows_alone_and_what_they_keep_unchanged() -> None:
 # ---- the draw --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(LOGITS, st.floats(0, 1, exclude_max=True))
 def test_draw_inverts_the_distribution_function(logits: list[float], uniform: float) -> None:
     share = probabilities(logits) if max(logits) > -math.inf else []
@@ -141,7 +135,6 @@ def test_even_chances_give_the_models_frequencies() -> None:
     torch.testing.assert_close(frequencies.double(), logits[0].softmax(-1), rtol=0, atol=1e-4)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=4, max_size=12),
     st.floats(0, 1, exclude_max=True),

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from properties import examples
 
 from hrs.data import TokenStore
 from hrs.errors import HRSError
@@ -61,7 +62,7 @@ streams = st.lists(st.integers(0, V - 1), max_size=60)
     st.integers(1, 70),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_any_cut_and_any_chunk_give_the_counts_of_three_loops(
     stream: list[int], starts: set[int], within: bool, cuts: list[int], chunk: int, random: Any
 ) -> None:

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from properties import examples
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from hrs.config.manifold import GeometryConfig
@@ -104,7 +105,7 @@ def test_forces_are_those_of_the_definition(definition: Definition, n_tokens: in
 
 
 @given(st.lists(st.integers(0, 11), max_size=80), st.sampled_from(DEFINITIONS), st.sampled_from([0, 2]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_stream_gives_finite_forces_of_the_right_symmetry(
     stream: list[int], definition: Definition, partners: int
 ) -> None:

@@ -7,8 +7,9 @@ import pytest
 import scipy.linalg
 import torch
 from drawn_forces import D, N, energy_by_pairs, positions, some_forces
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from scipy import sparse
 
 from hrs.config.manifold import GeometryConfig
@@ -161,7 +162,7 @@ def neighbours_one_by_one(coordinates: np.ndarray, k: int, of: list[int] | None 
 
 
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_neighbours_are_those_of_a_full_sort(seed: int, n: int, k: int) -> None:
     """Small whole numbers: many zero rows and many equal cosines."""
     coordinates = np.random.default_rng(seed).integers(-1, 2, (n, 3)).astype(np.float32)

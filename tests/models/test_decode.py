@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 from distinct_models import DISTINCT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from hrs.models import WindowContext, build_model
 from hrs.models.hrs import HRSModel
@@ -69,7 +70,7 @@ def sizes_from(cuts: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("preset", MECHANISMS)
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(cuts=st.lists(st.integers(1, T - 1), unique=True, max_size=20))
 def test_any_chunking_equals_forward(preset: str, cuts: list[int]) -> None:
     """Prefills and chunks of any size, windows (16 tokens) completing at their edges and inside them."""

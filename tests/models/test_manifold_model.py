@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -101,7 +102,7 @@ def test_a_changed_suffix_leaves_the_logits_before_it(cut: int) -> None:
     assert not torch.equal(before[:, cut:], after[:, cut:])
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(cuts=st.lists(st.integers(1, T - 1), unique=True))
 def test_decoding_in_pieces_equals_forward(cuts: list[int]) -> None:
     network, tokens = model(opened=True), text()

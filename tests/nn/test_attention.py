@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -148,7 +149,7 @@ def test_flash_attention_takes_every_product_kernel(kernel: str, positions: str)
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(deadline=None, max_examples=6)
+@examples(6)
 @given(cuts=st.lists(st.integers(1, T - 1), unique=True, max_size=T - 1), with_memory=st.booleans())
 def test_pieces_equal_the_whole(kernel: str, positions: str, cuts: list[int], with_memory: bool) -> None:
     """Any chunking through the cache gives the one-pass result, also where a window completes inside a chunk."""

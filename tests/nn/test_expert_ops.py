@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -159,7 +160,7 @@ def test_triton_kernel_equals_gathering(dtype: torch.dtype, shape: tuple[int, in
     torch.testing.assert_close(triton_dot(x, table, indices), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     n_keys=st.sampled_from([2, 3, 8, 16, 33, 48, 64, 130]),
     k=st.integers(1, 8),

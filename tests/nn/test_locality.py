@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from hrs.config import LocalityConfig
 from hrs.nn.locality import LocalityHead, info_nce
@@ -26,7 +27,7 @@ def test_equals_loop_reference() -> None:
     assert info_nce(anchors, positives, negatives, 0.2).item() == pytest.approx(total / 6)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(n_tokens=st.integers(1, 80), window=st.integers(2, 20), seed=st.integers(0, 100))
 def test_sampled_positions_keep_their_bounds(n_tokens: int, window: int, seed: int) -> None:
     """Anchors keep ``window`` from both ends where there is room, positives half of it from their anchor."""

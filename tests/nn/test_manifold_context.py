@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from hrs.nn.manifold.context import SHORTEST, ahead, context_velocity, recency_weights, unit
 
@@ -35,7 +36,7 @@ def test_velocity_equals_a_loop(recency: float) -> None:
             torch.testing.assert_close(got[b, t], difference / difference.norm(), rtol=0, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(n=st.integers(1, 12), before=st.integers(0, 2000), recency=st.floats(0.01, 100))
 def test_weights_sum_to_one_and_fall_with_distance(n: int, before: int, recency: float) -> None:
     """At any distance from the beginning: nothing under- or overflows."""

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from hrs.nn.manifold.context import SHORTEST
 from hrs.nn.manifold.transport import orthonormal_lift, transport, transported
@@ -24,7 +25,7 @@ def matrix(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return transport(torch.eye(D, dtype=source.dtype), source.expand(D, D), target.expand(D, D)).T
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(seed=st.integers(0, 10_000), length=st.floats(2 * SHORTEST, 10.0))
 def test_carries_source_to_target_by_a_rotation_of_their_plane(seed: int, length: float) -> None:
     u, v = pair(seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,7 +36,6 @@ def by_hand(layer: CrossAttention, x: Tensor, slots: Tensor) -> Tensor:
     return layer.gate * layer.output(torch.cat(heads, dim=-1))
 
 
-@settings(deadline=None)
 @given(present=st.lists(st.booleans(), min_size=2 * S, max_size=2 * S))
 def test_a_sequence_reads_the_slots_it_has_and_no_others(present: list[bool]) -> None:
     """Reference: attention over those slots alone. Without any, the output is exactly 0."""

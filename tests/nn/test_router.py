@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from hrs.config import RouterConfig
 from hrs.nn.router import RELATIVE_COST, Router, routing_losses, routing_statistics, zipf_shares
@@ -33,7 +34,7 @@ def test_weights_are_softmax_of_the_causal_mean(window: int) -> None:
     torch.testing.assert_close(layer(x), (torch.stack(means, 1) / 0.5).softmax(-1), rtol=1e-12, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(cuts=st.lists(st.integers(1, T - 1), unique=True), window=st.integers(0, 25))
 def test_pieces_equal_the_whole(cuts: list[int], window: int) -> None:
     layer, x = router(trc_window=window), torch.randn(2, T, D).double()
@@ -92,7 +93,7 @@ def test_losses_equal_explicit_sums() -> None:
     assert "flops" not in losses_of(routings)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(scale=st.floats(0, 20), seed=st.integers(0, 1000))
 def test_balance_is_least_when_uniform(scale: float, seed: int) -> None:
     """Balance is 1 for uniform shares and never less; entropy lies in [-1, 0]."""

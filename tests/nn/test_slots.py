@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor, nn
 
 from hrs.config import AttentionConfig, ModelConfig, RouterConfig
@@ -48,7 +49,7 @@ LAYERS = steps()
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", LAYERS)
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(data=st.data())
 def test_every_slot_goes_on_as_if_alone(name: str, data: st.DataObject) -> None:
     """Sequences of any length join, advance and leave in any order; what left never disturbs what takes its place."""

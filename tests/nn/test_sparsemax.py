@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,7 +74,7 @@ def test_agrees_with_bisection(kind: str, n: int) -> None:
     torch.testing.assert_close(sparsemax(scores.double()), by_bisection(scores), atol=1e-12, rtol=0)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=24), st.floats(-1000, 1000))
 def test_is_a_distribution_that_does_not_feel_a_shift(row: list[float], shift: float) -> None:
     scores = torch.tensor([row], dtype=torch.float64)

@@ -4,8 +4,9 @@ from math import isclose
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from hrs.errors import HRSError
 from hrs.report.statistics import Scores, bootstrap, document_counts, resampled_sums, seed_weights
@@ -61,7 +62,7 @@ def test_the_vectorised_bootstrap_equals_a_slow_loop() -> None:
             assert np.allclose((estimate.difference.low, estimate.difference.high), (gap_low, gap_high), rtol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(n_documents=st.integers(1, 30), resamples=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_every_resample_draws_as_many_documents_as_there_are(n_documents: int, resamples: int, seed: int) -> None:
     counts = document_counts(np.random.default_rng(seed), resamples, n_documents)

@@ -8,6 +8,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from openai.resources import completions, embeddings
 from openai.resources.chat import completions as chat
+from properties import examples
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation.modes import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
@@ -48,6 +49,7 @@ def test_every_operation_is_tried_below(document) -> None:
     assert found == set(OPERATIONS)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize(
     ("path", "method", "mode"),
     [
@@ -61,7 +63,7 @@ def test_no_request_makes_the_server_fail(document, path: str, method: str, mode
     operation = document[path][method]
     checks = [not_a_server_error, status_code_conformance, content_type_conformance]
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(examples(8), suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def try_it(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and mode.is_positive and "model" in case.body:

@@ -8,8 +8,9 @@ import time
 import httpx
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 BASE = {"model": "tiny", "prompt": "The", "max_tokens": 2}
 LONG = BASE | {"max_tokens": 2000, "temperature": 0}
@@ -285,7 +286,7 @@ JSON = st.recursive(
 ROUTES = ("completions", "chat/completions", "embeddings", "memories", "memories/search", "topics/topic-1")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(route=st.sampled_from(ROUTES), value=JSON)
 def test_a_body_of_any_other_shape_is_refused(endpoint, route: str, value: object) -> None:
     response = httpx.post(f"{endpoint.url}/v1/{route}", content=json.dumps(value))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -89,7 +90,7 @@ def reference(weights: Tensor, steps: list[tuple[float, dict[int, Tensor]]], dec
 # ---- the rule --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     touched=st.lists(st.lists(st.integers(0, ROWS - 1), max_size=6), min_size=1, max_size=12),
     rates=st.lists(st.sampled_from([0.0, 1e-3, 0.1]), min_size=12, max_size=12),

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch.nn import functional as F
 
 from hrs.config import ExperimentConfig
@@ -71,7 +72,6 @@ def test_chunks_are_whole_and_of_one_document_each(small_store: TokenStore) -> N
     assert counts.tolist() == [(b - 1 - a) // C for a, b in itertools.pairwise(text.document_starts.tolist())]
 
 
-@settings(deadline=None)
 @given(start=st.integers(0, 60), document=st.integers(0, 3))
 def test_the_chunk_before_a_position_is_the_last_whole_one_of_its_document(start: int, document: int) -> None:
     ends, documents = np.array([9, 17, 25, 40, 48]), np.array([0, 0, 0, 2, 2])
@@ -85,7 +85,7 @@ def test_the_chunk_before_a_position_is_the_last_whole_one_of_its_document(start
 # ---- what is found ---------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(seed=st.integers(0, 999), n_documents=st.integers(1, 6), exclude=st.booleans())
 def test_search_is_exact_takes_one_chunk_of_each_document_and_none_of_its_own(
     seed: int, n_documents: int, exclude: bool

@@ -12,6 +12,7 @@ from engram_stores import WIDTH, opened
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from properties import examples
 
 from hrs.retrieval.store import Hit, Memory, NewMemory, records, rewrite
 
@@ -149,6 +150,7 @@ def check_hits(query: list[int], hits: list[Hit], asked: list[tuple[Memory, list
         assert all(m.id in chosen for _, other, m, same in ranked if same == key and other < age)
 
 
+@pytest.mark.hypothesis
 def test_two_views_against_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE_TEST_FOLDER", str(tmp_path))
     # Small segments, so that they are merged, split and thinned out.
@@ -159,9 +161,8 @@ def test_two_views_against_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run_state_machine_as_test(
         StoreAgainstList,
         settings=settings(
-            max_examples=12,
+            examples(12),
             stateful_step_count=25,
-            deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),

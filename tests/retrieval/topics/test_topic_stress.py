@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from properties import examples
 
 from hrs.retrieval.topics import stress
 from hrs.retrieval.topics.stress_result import StressResult, Thresholds, pair_rates, purity, random_embed, summary
@@ -144,7 +145,7 @@ def test_results_are_the_same_again_and_travel_as_json(suites: dict[str, dict[st
 # ---- the measures ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=12))
 def test_rates_and_purity_equal_counting(pairs: list[tuple[int, int]]) -> None:
     labels, found = zip(*pairs, strict=True)
@@ -188,7 +189,7 @@ def test_there_are_fifty_topics_without_a_word_in_common() -> None:
     assert len(OWNER) == 500
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 10**6), st.integers(1, 10), st.integers(0, 10))
 def test_a_mixed_text_has_its_topics_in_their_shares(seed: int, n_pieces: int, part: int) -> None:
     rng = np.random.default_rng(seed)

@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from properties import examples
 
 from hrs.errors import HRSError
 from hrs.retrieval.topics import TopicContexts, shares
@@ -97,14 +98,14 @@ class Played:
 played = st.builds(Played, turns, thresholds, st.integers(2, 7), st.integers(1, 60))
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(played)
 def test_topics_hold_the_mean_of_their_prompts_and_every_id_leads_to_one(played: Played) -> None:
     """All the checks are made after every turn."""
     assert sum(info.n_prompts for info in played.topics.topics()) == len(played.engrams)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(played, st.data())
 def test_a_context_keeps_its_budget_and_holds_no_present_and_no_disabled_prompt(
     played: Played, data: st.DataObject
@@ -127,7 +128,7 @@ def test_a_context_keeps_its_budget_and_holds_no_present_and_no_disabled_prompt(
     assert len(found) == min(len(everything), topics.budget if budget is None else budget), "no room is wasted"
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(played, st.integers(0, 2**32 - 1))
 def test_asking_before_a_prompt_is_added_tells_what_excluding_it_afterwards_does(played: Played, seed: int) -> None:
     topics, engram = played.topics, np.random.default_rng(seed).normal(size=WIDTH)
@@ -144,7 +145,7 @@ def test_asking_before_a_prompt_is_added_tells_what_excluding_it_afterwards_does
         assert topics.context()[-1] == -1, "without exclude the prompt is in its own context, at its end"
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(played, turns)
 def test_what_is_stored_goes_on_as_what_was_not(played: Played, more: list[tuple[int, int, str]]) -> None:
     again = TopicContexts.from_json(json.dumps(json.loads(played.topics.to_json())))
@@ -320,7 +321,7 @@ def test_the_oldest_prompt_that_is_used_loses_its_front() -> None:
 # ---- forgetting ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(turns, thresholds, st.integers(2, 7), st.integers(1, 30))
 def test_what_is_forgotten_is_what_no_context_could_reach(
     turns: list[tuple[int, int, str]], thresholds: tuple[float, float], active: int, budget: int
