@@ -238,6 +238,8 @@ def test_equal_singular_values_have_their_number_as_effective_rank(rank: int, se
     generator = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(20, rank, generator=generator, dtype=torch.float64)).Q
     right = torch.linalg.qr(torch.randn(10, rank, generator=generator, dtype=torch.float64)).Q
+    # Singular values are off by at most about 1,000 roundings (3e-13). The entropy of equal shares is stationary, and
+    # each of the other values adds at most -s ln s with s = 3e-13: 10 times 9e-12.
     assert effective_rank(3 * left @ right.T) == pytest.approx(rank, rel=1e-9)
 
 

@@ -96,7 +96,8 @@ def test_weights_count_pairs_as_often_as_they_say(pairs: list[tuple[int, bool, i
         assert np.isnan(found)
     else:
         won = [(a > b) + (a == b) / 2 for a, b in itertools.product(near, far)]
-        assert found == pytest.approx(np.mean(won))
+        # At most 90 votes on both sides: half a pair more or less changes it by 1 / (2 * 45^2) at least.
+        assert found == pytest.approx(np.mean(won), rel=0, abs=1e-6)
 
 
 def test_replicates_are_the_score_of_resampled_documents(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from distinct_models import DISTINCT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties import examples
 from torch import Tensor
@@ -57,6 +57,12 @@ def text(n: int) -> list[int]:
 
 def alone(model: LanguageModel, prompt: Sequence[int], sampling: Sampling, **options: int) -> list[SampledToken]:
     return [step[0] for step in generate(model, [prompt], sampling, **options)]
+
+
+ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4}
+"""Some 60 sums of at most 64 products follow each other: 4,000 roundings of numbers below 20, 1e-11 in float64 if all
+err to the same side. In float32 that would be 5e-3; independent errors grow with the root of their number, to 8e-5.
+A draw differs if such an error lies between its chance and one of 300 boundaries: once in 10^8 tokens in float64."""
 
 
 def same(made: Sequence[SampledToken], expected: Sequence[SampledToken], tolerance: float = 1e-10) -> None:
@@ -149,7 +155,7 @@ def scenario(model: LanguageModel, data: st.DataObject, tolerance: float) -> Non
 @examples(8)
 @given(data=st.data())
 def test_any_coming_and_going(preset: str, data: st.DataObject) -> None:
-    scenario(micro(preset), data, 1e-10)
+    scenario(micro(preset), data, ROUNDING[torch.float64])
 
 
 @pytest.mark.slow
@@ -157,13 +163,14 @@ def test_any_coming_and_going(preset: str, data: st.DataObject) -> None:
 @examples(15)
 @given(data=st.data())
 def test_any_coming_and_going_with_every_model(preset: str, data: st.DataObject) -> None:
-    scenario(micro(preset), data, 1e-10)
+    scenario(micro(preset), data, ROUNDING[torch.float64])
 
 
-@examples(6)
+# In float32 rounding moves about one draw in 10^5 to another token, so the examples are the same ones in every run.
+@settings(derandomize=True, max_examples=6)
 @given(data=st.data())
 def test_any_coming_and_going_in_float32(data: st.DataObject) -> None:
-    scenario(micro("dense_baseline", torch.float32), data, 1e-4)
+    scenario(micro("dense_baseline", torch.float32), data, ROUNDING[torch.float32])
 
 
 # ---- work and order --------------------------------------------------------------------------------------------------

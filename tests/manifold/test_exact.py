@@ -34,7 +34,7 @@ def test_inner_products_and_distances_of_snapped_positions_are_exact(seed: int, 
     # Scaling by a power of two is exact and so is rounding to whole numbers: half a multiple at most, without a margin.
     assert np.abs(x - raw).max() <= 2.0 ** (-bits - 1) and np.array_equal(np.rint(x * 2.0**bits), x * 2.0**bits)
     # 20 bits, or the most with which max |x| sqrt(d) stays below 2^24 multiples: with one bit more it would not.
-    assert bits == 20 or bits < 20 and np.abs(raw).max() * np.sqrt(d) * 2.0 ** (bits + 1) >= 2**24
+    assert bits == 20 or (bits < 20 and np.abs(raw).max() * np.sqrt(d) * 2.0 ** (bits + 1) >= 2**24)
     expected = product(x, x)
     assert fractions(x @ x.T) == expected
     squares = np.einsum("vd,vd->v", x, x)
@@ -56,7 +56,7 @@ def test_products_with_coefficients_of_any_size_are_exact(
     raw = draw.standard_normal((5, n)) * 10 ** draw.uniform(-spread / 2, spread / 2, (5, n))
     coefficients = raw.copy()
     sums, found = exact_product(coefficients, x, bits)
-    # Entries of x are at most 2^24 multiples, so reach <= 25 in exact_product. For sums S of magnitudes, 2^total <= 4 S.
+    # Entries of x are at most 2^24 multiples, so reach <= 25 in exact_product; 2^total <= 4 S, the sum of a row.
     # Numbers near shift = 1.5 * 2^(total + reach) are 2^(total + reach - 52) apart, and rounding moves by half of that:
     # by at most 2^(total - 28) <= 2^-26 S.
     assert (np.abs(coefficients - raw).max(axis=1) <= 2.0**-26 * np.abs(raw).sum(axis=1)).all()

@@ -77,7 +77,8 @@ def test_any_chunking_equals_forward(preset: str, cuts: list[int]) -> None:
     model = micro(preset, torch.float64)
     decoded = decode(model, text(), sizes_from(cuts))
     whole = model(text(), WindowContext(history(model))).logits
-    torch.testing.assert_close(decoded, whole, rtol=1e-10, atol=1e-12)
+    # Some 40 sums of at most 512 products follow each other, 20,000 roundings of numbers below 10: 2e-11 at worst.
+    torch.testing.assert_close(decoded, whole, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("preset", INCREMENTAL)

@@ -46,6 +46,8 @@ def test_a_sequence_reads_the_slots_it_has_and_no_others(present: list[bool]) ->
     for row in range(2):
         if mask[row].any():
             expected = by_hand(layer, x[row], slots[row][mask[row]])
+            # Numbers below 10 from sums of 8 products lose 80 roundings per step; normalisation, logits, weights,
+            # values and output are five steps, none of which enlarges an error more than twice: 3,000 roundings.
             torch.testing.assert_close(output[row], expected, rtol=1e-12, atol=1e-12)
         else:
             assert not output[row].any()

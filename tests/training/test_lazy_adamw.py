@@ -109,7 +109,10 @@ def test_update_equals_the_rule_row_by_row(touched, rates, decay, betas, dtype) 
         optimizer.step()
         steps.append((lr, {row: rows.count(row) * gradient[row].double() for row in rows}))
     expected = reference(before, steps, decay, betas)
-    torch.testing.assert_close(parameter.detach().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    # One step: m / sqrt(v) is at most (1 - b1) / sqrt(1 - b2) = 16, off by some 20 roundings, times the rate of 0.1;
+    # and a weight below 22 is rounded twice. Twelve steps: 12 * (32 + 44) roundings at most.
+    tolerance = 1000 * torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(parameter.detach().double(), expected, atol=tolerance, rtol=0)
     last = [max((t for t, rows in enumerate(touched, 1) if row in rows), default=0) for row in range(ROWS)]
     assert optimizer.state[parameter]["row_step"].tolist() == last
 
@@ -215,7 +218,7 @@ def test_coalesced_is_torchs_and_keeps_what_is_in_order(rows: list[int]) -> None
     ours, torchs = coalesced(gradient), gradient.coalesce()
     assert ours.is_coalesced()
     assert torch.equal(ours.indices(), torchs.indices())
-    torch.testing.assert_close(ours.values(), torchs.values(), atol=1e-15, rtol=1e-15)
+    assert torch.equal(ours.values(), torchs.values())
     in_order = rows == sorted(set(rows))
     assert (ours.values().data_ptr() == gradient._values().data_ptr()) == in_order
 

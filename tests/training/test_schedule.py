@@ -70,10 +70,11 @@ def test_rates_stay_within_zero_and_peak_and_never_rise_after_the_warm_up(
     rates = [lr(schedule, step, steps) for step in range(steps + 1)]
     assert all(0.0 <= rate <= 1.0 for rate in rates)
     after = [rate for step, rate in enumerate(rates) if step / steps >= warmup]
-    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(after))
+    # A rate is a few products of numbers up to 1: less than ten roundings, 1e-15.
+    assert all(b <= a + 2e-15 for a, b in itertools.pairwise(after))
 
 
 @given(st.sampled_from(["cosine", "wsd", "cosine_hold_linear"]), st.integers(1, 60), st.integers(0, 60))
 def test_the_schedule_depends_only_on_the_share_that_is_done(shape: str, steps: int, step: int) -> None:
     schedule = ScheduleConfig(shape=shape)
-    assert lr(schedule, min(step, steps), steps) == pytest.approx(lr(schedule, 4 * min(step, steps), 4 * steps))
+    assert lr(schedule, min(step, steps), steps) == lr(schedule, 4 * min(step, steps), 4 * steps)
