@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hrs.config import OptimizerConfig
+from hrs.gpu import synchronize
 from hrs.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_rates
 
 CLIP_NORM = 1.0
@@ -58,8 +59,7 @@ def step(model: Tables, optimizer: torch.optim.Optimizer, device: torch.device) 
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

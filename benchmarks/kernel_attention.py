@@ -15,7 +15,9 @@ from typing import get_args, get_type_hints
 import torch
 
 from hrs.config import AttentionConfig, ModelConfig
+from hrs.gpu import synchronize
 from hrs.nn.attention import Attention
+from hrs.training import Runtime
 
 
 def layer_of(kernel: str, positions: str, args: argparse.Namespace) -> Attention:
@@ -30,12 +32,10 @@ def seconds_of(layer: Attention, x: torch.Tensor, *, fused: bool) -> float:
     """Seconds of one forward and backward pass."""
     layer.fused = fused
     positions = torch.arange(x.shape[1], device=x.device)
-    if x.is_cuda:
-        torch.cuda.synchronize()
+    synchronize(x.device)
     start = time.perf_counter()
     layer(x, positions).sum().backward()
-    if x.is_cuda:
-        torch.cuda.synchronize()
+    synchronize(x.device)
     return time.perf_counter() - start
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed passes of each way")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = Runtime().torch_device()
     x = torch.randn(args.batch, args.length, args.d_model, device=device, requires_grad=True)
     cases = [(kernel, "rotary") for kernel in get_args(get_type_hints(AttentionConfig)["kernel"])] + [("dot", "alibi")]
     ways: dict[tuple[str, str, bool], Attention] = {}

@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hrs.gpu import synchronize
 from hrs.nn.sparsemax import Sparsemax
+from hrs.training import Runtime
 
 
 def by_sorting(scores: Tensor) -> Tensor:
@@ -29,14 +31,12 @@ def by_sorting(scores: Tensor) -> Tensor:
 def seconds_of(form: Callable[[Tensor], Tensor], scores: Tensor, cotangent: Tensor | None) -> float:
     """Seconds of one forward pass; with a cotangent also of the backward pass."""
     scores = scores.detach().requires_grad_(cotangent is not None)
-    if scores.is_cuda:
-        torch.cuda.synchronize()
+    synchronize(scores.device)
     start = time.perf_counter()
     weights = form(scores)
     if cotangent is not None:
         weights.backward(cotangent)
-    if scores.is_cuda:
-        torch.cuda.synchronize()
+    synchronize(scores.device)
     return time.perf_counter() - start
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed passes of each form")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = Runtime().torch_device()
     forms: dict[str, Callable[[Tensor], Tensor]] = {"sorted": by_sorting, "searched": Sparsemax()}
     print(f"elements={args.elements} device={device} threads={args.threads}, medians of {args.repeats}, milliseconds")
     print(f"{'entries':>7} {'spread':>6} {'pass':>16} {'sorted':>8} {'searched':>9} {'sorted/searched':>16}")

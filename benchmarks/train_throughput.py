@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hrs.config import ModelConfig
+from hrs.gpu import synchronize
 from hrs.models import build_model
 from hrs.presets import experiment
+from hrs.training import Runtime
 
 
 def gpt2_of(config: ModelConfig) -> GPT2LMHeadModel:
@@ -47,14 +49,12 @@ def stepper(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Callable[[
     model.train()
 
     def step(window: Tensor) -> float:
-        if window.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(window.device)
         start = time.perf_counter()
         loss_of(window).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if window.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(window.device)
         return time.perf_counter() - start
 
     return step
@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = Runtime().torch_device()
     config = experiment("dense_baseline", args.scale).model
     ours, theirs = build_model(config).to(device), gpt2_of(config).to(device)
 

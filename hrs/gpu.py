@@ -366,6 +366,18 @@ def has_gpu() -> bool:
     return cuda.is_available()
 
 
+def gpu_count() -> int:
+    """Return how many GPUs torch can use; opens no CUDA context."""
+    return cuda.device_count() if cuda.is_available() else 0
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything queued on ``device`` is done; the CPU queues nothing."""
+    gpu = gpu_of(device)
+    if gpu is not None:
+        gpu.synchronize()
+
+
 def require_usable_gpus() -> None:
     """Refuse a machine that has GPUs which torch cannot use.
 

@@ -10,10 +10,9 @@ import tempfile
 import threading
 from types import FrameType
 
-import torch
-
 from hrs.errors import HRSError
 from hrs.export.opening import open_model
+from hrs.gpu import gpu_count
 from hrs.storage import open_storage
 from serve.draining import drain
 from serve.opening import print_warning, resolve
@@ -55,7 +54,7 @@ def serve_model(settings: Settings, host: str, port: int) -> None:
             "model": str(path),
             "storage": str(storage.root),
             "name": settings.name or opened.config.preset,
-            "gpus_per_replica": min(1.0, torch.cuda.device_count() / settings.max_replicas),
+            "gpus_per_replica": min(1.0, gpu_count() / settings.max_replicas),
         }
     )
     causal = opened.causal

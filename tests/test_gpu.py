@@ -21,6 +21,7 @@ from tests.simulated_gpu import (
     simulated_gpus,
 )
 
+ROOT = Path(__file__).parents[1]
 TURING = SimulatedGpu(name="Tesla T4", total_bytes=15 * GIB, capability=(7, 5))
 
 
@@ -210,3 +211,18 @@ def test_counted_memory_runs_out_at_the_cap_and_at_what_others_left() -> None:
         gpu.cap_memory(GIB)
         with pytest.raises(torch.AcceleratorError):
             torch.empty(GIB // 4)  # 1 GiB, and others have half
+
+
+# ---- who uses it -----------------------------------------------------------------------------------------------------
+
+
+def test_only_hrs_gpu_calls_cuda() -> None:
+    """The rule is ruff's; this checks that it sees every way to write it."""
+    source = "import torch\nfrom torch import cuda\n\ntorch.cuda.synchronize()\ntorch.accelerator.synchronize()\n"
+    ruff = [str(Path(sys.executable).parent / "ruff"), "check", "--output-format", "concise", "--stdin-filename"]
+    found = {
+        name: subprocess.run([*ruff, name, "-"], input=source, capture_output=True, text=True, cwd=ROOT).stdout
+        for name in ("hrs/training/new.py", "hrs/gpu.py")
+    }
+    assert found["hrs/training/new.py"].count("TID251") == 3
+    assert "TID251" not in found["hrs/gpu.py"]

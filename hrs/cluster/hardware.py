@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
+from hrs.gpu import probe_gpus
 
 PROBE_SECONDS = 120.0
 """Longest wait for a node to say which cards it has."""
@@ -50,4 +50,4 @@ class Hardware:
 
 
 def _visible_cards() -> tuple[int, ...]:
-    return tuple(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return tuple(gpu.total_bytes for gpu in probe_gpus())

@@ -16,6 +16,7 @@ from hrs.cluster.hardware import Hardware
 from hrs.cluster.progress import format_seconds
 from hrs.cluster.study import Run
 from hrs.config import DataConfig, ExperimentConfig, content_hash, from_dict
+from hrs.gpu import has_gpu
 from hrs.models import count_parameters
 from hrs.storage import Storage
 from hrs.training import Runtime
@@ -135,7 +136,7 @@ def _measured_speeds(storage: Storage) -> dict[str, float]:
 @functools.cache
 def _matmul_flops_per_second() -> float:
     """Speed of this machine's first card, or one core, from the best of a few products of square matrices."""
-    cuda = torch.cuda.is_available()
+    cuda = has_gpu()
     n = 4096 if cuda else 512
     x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
     threads = torch.get_num_threads()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from filelock import FileLock
 
 from hrs.cluster.manifold import geometry_of
@@ -22,6 +21,7 @@ from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
+from hrs.gpu import gpu_of
 from hrs.models import LanguageModel
 from hrs.models.geometry import TokenGeometry
 from hrs.report.plots import plot_loss_by_position
@@ -107,9 +107,10 @@ def _until_finished(spec: TrialSpec, trainer: Trainer, logger: RunLogger, storag
 def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogger) -> Iterator[TrialProgress]:
     config, directory = spec.run.config, storage.run(spec.run.key)
     steps, device = config.training.steps, spec.runtime.torch_device()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # of the trial this process ran before
-        torch.cuda.reset_peak_memory_stats(device)
+    gpu = gpu_of(device)
+    if gpu is not None:
+        gpu.release_cached_memory()  # of the trial this process ran before
+        gpu.reset_peak()
         if spec.card_frac:
             cap_process_memory(spec.card_frac, device)
     store = open_tokens(config.data, storage.tokens)

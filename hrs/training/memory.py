@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hrs.config import ExperimentConfig, ModelConfig, TrainingConfig
 from hrs.errors import HRSError
+from hrs.gpu import gpu_of, has_gpu
 from hrs.training.memory_step import training_step_peak
 from hrs.training.memory_trace import StorageCounter
 from hrs.training.runtime import Runtime
@@ -68,7 +69,7 @@ def estimate_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) 
     batch = config.training.batch_sequences
     if micro_batch < 1 or batch % micro_batch:
         raise HRSError(f"micro_batch {micro_batch} must divide training.batch_sequences {batch}")
-    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and torch.cuda.is_available())
+    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu())
     precision = config.training.precision
     bf16 = precision == "bf16" or (precision == "auto" and on_cuda)
     # Only what shapes a step is left in the key, so that a whole study shares its traces.
@@ -186,10 +187,11 @@ class AllocatorLimit(StorageCounter):
 
 
 def cap_process_memory(card_frac: float, device: torch.device) -> None:
-    """Keep this process to its share of a card; what goes beyond raises torch.OutOfMemoryError.
+    """Keep this process to its share of the GPU ``device``; what goes beyond raises torch.OutOfMemoryError.
 
     Only PyTorch's allocator can be capped. The CUDA context and libraries allocate outside of it, so
-    :data:`CUDA_OVERHEAD_BYTES` of the share are left to them.
+    :data:`CUDA_OVERHEAD_BYTES` of the share are left to them. Does nothing for the CPU.
     """
-    card_bytes = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(card_frac - CUDA_OVERHEAD_BYTES / card_bytes, 1.0), device)
+    gpu = gpu_of(device)
+    if gpu is not None:
+        gpu.cap_memory(int(card_frac * gpu.properties.total_bytes) - CUDA_OVERHEAD_BYTES)

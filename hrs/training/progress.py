@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from hrs.gpu import gpu_of
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -57,7 +59,6 @@ class TrainingSummary:
 
 
 def memory_in_use_bytes(device: torch.device) -> int:
-    """CUDA: the most the allocator has had in use. CPU: the resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    """Return, on a GPU, the most that tensors took at once; on the CPU, the resident size of this process."""
+    gpu = gpu_of(device)
+    return int(psutil.Process().memory_info().rss) if gpu is None else gpu.peak_bytes()

@@ -3,17 +3,21 @@
 import torch
 from torch import Tensor
 
+from hrs.gpu import gpu_of
+
 
 def get_rng(device: torch.device) -> dict[str, Tensor]:
-    """States of the CPU's generator and, on CUDA, of the card's, by device type; uint8 tensors on the CPU."""
+    """Return the states of the CPU's generator (``cpu``) and of the GPU's (``cuda``); uint8 tensors on the CPU."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    gpu = gpu_of(device)
+    if gpu is not None:
+        states["cuda"] = gpu.get_rng_state()
     return states
 
 
 def set_rng(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what :func:`get_rng` gave."""
+    """Restore what :func:`get_rng` returned; a GPU's generator keeps its state if ``states`` are of a run without."""
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+    gpu = gpu_of(device)
+    if gpu is not None and "cuda" in states:
+        gpu.set_rng_state(states["cuda"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from hrs.errors import HRSError
+from hrs.gpu import open_gpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +15,7 @@ class Runtime:
     :class:`hrs.training.sharing.Workers`."""
 
     device: str = "auto"
-    """``auto`` is the first CUDA card if there is one, else the CPU; or a torch device such as ``cuda:1``."""
+    """``auto`` is the first GPU if there is one, else the CPU; or a torch device such as ``cuda:1``."""
     micro_batch: int | None = None
     """Windows per forward pass. None starts from the whole batch (with ``training.sharing.workers`` from one worker's
     part, which it must divide), or from what fits ``memory_limit_bytes``."""
@@ -38,20 +39,15 @@ class Runtime:
                 raise HRSError(f"runtime.{name} must be at least 1, got {value}")
 
     def torch_device(self) -> torch.device:
-        """The device meant by ``device``.
+        """Return the device that ``device`` means; a GPU is opened and its device carries an index.
 
         Raises:
             HRSError: if it is not a device of this machine.
         """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise HRSError(f"unknown device '{self.device}': choose auto, cpu, cuda or cuda:N") from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise HRSError(f"device {self.device} is not there: there are {torch.cuda.device_count()} CUDA cards")
-        return device
+        gpu = open_gpu(self.device)
+        if gpu is not None:
+            return gpu.device
+        return torch.device("cpu" if self.device == "auto" else self.device)
 
 
 DEFAULT_RUNTIME = Runtime()

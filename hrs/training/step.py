@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hrs.config import TrainingConfig
 from hrs.errors import HRSError
+from hrs.gpu import gpu_of
 from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.loss import cross_entropy
 from hrs.training.optimizer import clip_gradients, gradient_norm
@@ -123,8 +124,9 @@ class Stepper:
             # Outside the except block: the exception's traceback keeps the activations alive.
             self.optimizer.zero_grad(set_to_none=True)
             self.model.drop_observations()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            gpu = gpu_of(self.device)
+            if gpu is not None:
+                gpu.release_cached_memory()
             set_rng(rng, self.device)
             if failure:
                 raise failure

@@ -10,6 +10,7 @@ from properties import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hrs.gpu import has_gpu
 from hrs.nn import expert_kernels
 from hrs.nn.expert_ops import chosen_dot, chosen_sum, mix_experts, mix_experts_naive
 from hrs.nn.expert_retrieval import product_key_top_k, retrieve, retrieve_naive
@@ -143,7 +144,7 @@ def test_backward_on_fake_tensors(sparse: bool) -> None:
 
 
 @pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
+    os.environ.get("TRITON_INTERPRET") != "1" and not has_gpu(),
     reason="needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)",
 )
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -152,7 +153,7 @@ def test_triton_kernel_equals_gathering(dtype: torch.dtype, shape: tuple[int, in
     pytest.importorskip("triton")
     from hrs.nn.expert_triton import triton_dot
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if has_gpu() else "cpu"
     rows, choices, width = shape
     x, table = (torch.randn(n, width, dtype=dtype, device=device) for n in (rows, 40))
     indices = torch.randint(40, (rows, choices), device=device)
