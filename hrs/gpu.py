@@ -121,6 +121,9 @@ class Cuda:
     def set_rng_state(self, state: Tensor, device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
 
+    def pinned_empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
     def record_event(self, device: torch.device) -> Any:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
@@ -313,6 +316,17 @@ class Gpu:
     def set_rng_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_rng_state` returned."""
         cuda.set_rng_state(state, self._device)
+
+    def use_in_this_thread(self) -> None:
+        """Make this GPU the current one of the calling thread: every thread begins with GPU 0."""
+        cuda.set_device(self._device)
+
+    def pinned_empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor in page-locked host memory, to and from which copies can be asynchronous.
+
+        The allocator of torch rounds each one up to a power of two bytes.
+        """
+        return cuda.pinned_empty(shape, dtype)
 
     def record_event(self) -> Any:
         """Mark this point of the queue; the event's ``synchronize()`` waits until the GPU has reached it."""

@@ -38,7 +38,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--presets", help="comma-separated presets in place of --study; the first is the baseline")
     add_study_options(parser)
     parser.add_argument("--name", help="title of the study (default: the study, or 'custom')")
-    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default 50)")
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        help="minutes between checkpoints (default: 1 second per MB, 10 s to 10 min)",
+    )
+    parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints, instead of minutes")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument(
@@ -85,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     study, storage = study_of(options), open_storage()
     runtime = Runtime(
+        checkpoint_minutes=options.checkpoint_minutes,
         checkpoint_every=options.checkpoint_every,
         activation_checkpointing=options.activation_checkpointing,
         compile=options.compile,

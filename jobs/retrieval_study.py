@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif status := ablation_sweep.main(sweep):
         return status
     runs = [run for base_run in bases for run in variants(base_run, options.scale, own, storage)]
-    finished, runtime = tracker.finished([run.key for run in runs]), Runtime(checkpoint_every=50)
+    finished, runtime = tracker.finished([run.key for run in runs]), Runtime()
     hardware = Hardware.of_this_machine() if options.dry_run else Hardware.of_cluster(connect(storage))
     plan = plan_runs(runs, finished, hardware, storage, runtime)
     print(format_plan(plan), flush=True)

@@ -42,7 +42,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
     parser.add_argument("--threads", type=int, default=1, help="cores of each worker (default 1)")
     parser.add_argument("--micro-batch", type=int, help="windows per forward pass of each worker (default: its part)")
-    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default 50)")
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        help="minutes between checkpoints (default: 1 second per MB, 10 s to 10 min)",
+    )
+    parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints, instead of minutes")
     parser.add_argument("--cpu", action="store_true", help="leave the cards alone")
     return parser.parse_args(arguments)
 
@@ -74,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device="cpu" if options.cpu else "auto",
         threads=options.threads,
         micro_batch=options.micro_batch,
+        checkpoint_minutes=options.checkpoint_minutes,
         checkpoint_every=options.checkpoint_every,
     )
 

@@ -192,6 +192,10 @@ class SimulatedCuda(Cuda):
         self._index("set_rng_state", device, optional=True)
         torch.set_rng_state(state)
 
+    def pinned_empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        self.calls.append(f"pinned_empty({dtype.itemsize * shape.numel()} bytes)")
+        return torch.empty(shape, dtype=dtype)
+
     def record_event(self, device: torch.device) -> Any:
         self._index("record_event", device, optional=True)
         return SimpleNamespace(synchronize=lambda: None, query=lambda: True)

@@ -31,7 +31,7 @@ from hrs.errors import HRSError
 from hrs.files import sha256_of, sync
 from hrs.models import LanguageModel, build_model
 from hrs.training.averaging import Averages
-from hrs.training.randomness import get_rng, set_rng
+from hrs.training.randomness import set_rng
 
 FORMAT = 1
 KEEP = 2
@@ -60,15 +60,11 @@ class Checkpoint:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    directory: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    device: torch.device,
-    averages: Averages | None = None,
-) -> Path:
-    """Write ``directory/checkpoints/step_%08d`` for ``state["step"]`` and keep the last two.
+def write_checkpoint(directory: Path, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write ``directory/checkpoints/step_%08d`` for ``state["step"]`` and delete all but the last two.
+
+    Args:
+        files: contiguous tensors on the CPU by name, by file name. They must not change before this returns.
 
     Raises:
         HRSError: if the disk refuses; checkpoints written before stay as they are.
@@ -81,14 +77,8 @@ def save_checkpoint(
         for leftover in parent.glob(".step_*"):  # of a process that was killed while writing
             shutil.rmtree(leftover)
         partial.mkdir()
-        rng = {f"rng/{kind}": state for kind, state in get_rng(device).items()}
-        files = {WEIGHTS: model.state_dict(), TRAINER: _moments(model, optimizer) | rng}
-        if averages is not None and (tensors := averages.tensors()):
-            files[AVERAGES] = tensors
-        if averages is not None and averages.kept is not None:
-            files[KEPT] = averages.kept.weights
         for name, content in files.items():
-            save_file({k: v.detach().contiguous() for k, v in content.items()}, partial / name)
+            save_file(dict(content), partial / name)
         sums = {name: sha256_of(partial / name) for name in files}
         sums["state"] = _sha256_json(state)
         document = {"format": FORMAT, "state": dict(state), "sha256": sums}
@@ -105,15 +95,6 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise HRSError(f"checkpoint {final} could not be written ({error}): make room, then run again") from error
     return final
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimiser state by parameter name. Parameters that have only rested have none."""
-    return {
-        f"moments/{kind}/{name}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A run killed at any step and started again ends with the weights it would have h
 a function of (seed, step), noise comes from the global generators, and their states are in every checkpoint.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,14 @@ from hrs.data import TokenStore
 from hrs.data.categories import token_labels
 from hrs.data.windows import TrainingWindows, history, window_categories, window_memory
 from hrs.errors import HRSError
+from hrs.gpu import gpu_of
 from hrs.models import build_model
 from hrs.models.base import WindowContext
 from hrs.models.geometry import TokenGeometry
 from hrs.training.activations import checkpoint_activations
 from hrs.training.averaging import Averages
-from hrs.training.checkpoint import config_as_json, read_latest, restore, save_checkpoint
+from hrs.training.checkpoint import config_as_json, read_latest, restore
+from hrs.training.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from hrs.training.interval import IntervalMeans
 from hrs.training.memory import fit_micro_batch
 from hrs.training.optimizer import build_optimizer, set_rates
@@ -39,6 +42,8 @@ from hrs.training.validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 10
 
+_log = logging.getLogger(__name__)
+
 
 def train(
     config: ExperimentConfig,
@@ -54,6 +59,9 @@ def train(
     Yields every ``runtime.log_every`` steps, at every validation, and at the last step. A run that is complete yields
     nothing. What the consumer draws from torch's global generators between reports does not reach the run.
 
+    A thread writes the checkpoints. Whatever ends the generator waits for the one in flight; closing it at a report
+    also writes one of that step, unless ``runtime.checkpoint_every`` names the steps or there are several workers.
+
     Args:
         geometry: what a manifold-guided network reads. Only a new run of that family needs it: checkpoints hold it.
         workers: this process's place among ``training.sharing.workers`` that all call this with the same arguments.
@@ -68,15 +76,23 @@ def train(
             weights).
     """
     run = _Run(config, store, Path(directory), runtime, geometry, workers, memories)
-    while run.step < config.training.steps:
-        progress = run.advance()
-        if progress is not None:
-            rng = get_rng(run.device)
-            yield progress
-            set_rng(rng, run.device)
-        run.save_if_due()
-    if run.first:
-        run.write_summary()
+    try:
+        while run.step < config.training.steps:
+            progress = run.advance()
+            if progress is not None:
+                rng = get_rng(run.device)
+                try:
+                    yield progress
+                except GeneratorExit:
+                    set_rng(rng, run.device)
+                    run.save_before_closing()
+                    raise
+                set_rng(rng, run.device)
+            run.save_if_due()
+        if run.first:
+            run.write_summary()
+    finally:
+        run.close()
 
 
 class _Run:
@@ -134,6 +150,11 @@ class _Run:
             compiled=runtime.compile,
             workers=workers,
         )
+        self.writer = CheckpointWriter(
+            self.directory, self.model, self.optimizer, self.device, self.averages, gpu_of(self.device)
+        )
+        self.schedule = CheckpointSchedule(runtime, training.steps)
+        self.saved_step = self.step
         self._require_equal_workers("at the start")
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -203,6 +224,8 @@ class _Run:
 
     def _report(self) -> Progress:
         assert self.phase is not None
+        if not self.schedule.by_time:
+            self.writer.wait()  # checkpoints at steps that were asked for are there when a report says so
         steps = self.config.training.steps
         metrics = {}
         for name, values in self.interval.take().items():
@@ -243,13 +266,41 @@ class _Run:
     # ---- what survives -----------------------------------------------------------------------------------------------
 
     def save_if_due(self) -> None:
-        """Write a checkpoint at its step, and at the last one."""
-        if self.step != self.config.training.steps and self.step % self.runtime.checkpoint_every:
+        """Begin a checkpoint if one is due; after the last step, wait until it is on the disk."""
+        self.writer.raise_if_failed()
+        last = self.step == self.config.training.steps
+        due = self.schedule.due(self.step, self.writer.checkpoint_bytes)
+        if self.schedule.by_time and not last:
+            due = due and not self.writer.busy
+            if self.workers is not None:
+                due = self.workers.agree(due)
+        if not due:
             return
         self._require_equal_workers(f"after step {self.step}")
         if not self.first:
             return
         began = time.perf_counter()
+        self._save()
+        if last:
+            self.writer.wait()
+        self.seconds += time.perf_counter() - began
+
+    def save_before_closing(self) -> None:
+        """Write a checkpoint of a run that the consumer leaves at a report, unless its steps were asked for."""
+        if self.schedule.by_time and self.workers is None and self.step > self.saved_step:
+            try:
+                self._save()
+            except HRSError as error:
+                _log.warning("%s", error)
+
+    def close(self) -> None:
+        """Wait for the checkpoint in flight; its failure is logged, since the run ends for another reason."""
+        try:
+            self.writer.wait()
+        except HRSError as error:
+            _log.warning("%s", error)
+
+    def _save(self) -> None:
         state = {
             "config": config_as_json(self.config),
             "data": self.store.fingerprint,
@@ -263,8 +314,9 @@ class _Run:
             "interval": self.interval.state(),
             "kept": self.averages.kept and self.averages.kept.facts(),
         }
-        save_checkpoint(self.directory, self.model, self.optimizer, state, self.device, self.averages)
-        self.seconds += time.perf_counter() - began
+        self.writer.begin(state)
+        self.saved_step = self.step
+        self.schedule.taken()
 
     def _require_equal_workers(self, when: str) -> None:
         if self.workers is not None:

@@ -25,8 +25,12 @@ class Runtime:
     """Compile the model with ``torch.compile``."""
     activation_checkpointing: bool = False
     """Recompute every block in the backward pass: less memory, about a third more time."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints. None chooses by their size, between 10 seconds and 10 minutes: one second for every
+    megabyte. One that is due while the one before is still being written follows when that is done."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, instead of minutes: each one due is written, and is on the disk before the next
+    report."""
     log_every: int = 10
     """Steps between progress reports."""
     memory_limit_bytes: int | None = None
@@ -37,6 +41,10 @@ class Runtime:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HRSError(f"runtime.{name} must be at least 1, got {value}")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise HRSError(f"runtime.checkpoint_minutes must be above 0, got {self.checkpoint_minutes}")
+        if self.checkpoint_minutes is not None and self.checkpoint_every is not None:
+            raise HRSError("checkpoints are written by minutes or by steps: set checkpoint_minutes or checkpoint_every")
 
     def torch_device(self) -> torch.device:
         """Return the device that ``device`` means; a GPU is opened and its device carries an index.

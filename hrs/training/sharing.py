@@ -119,6 +119,13 @@ class Workers:
                 for name, value in message[0].items():
                     buffers[name].copy_(value)
 
+    def agree(self, decision: bool) -> bool:
+        """Return the first worker's ``decision`` on every worker; a message between hosts that no GPU waits for."""
+        message = torch.tensor([decision], dtype=torch.uint8)
+        with _contact():
+            dist.broadcast(message, src=0)
+        return bool(message.item())
+
     def require_equal(self, values: Mapping[str, Any], when: str) -> None:
         """Raises HRSError, on every worker, naming the first of ``values`` that one worker has different."""
         everyones = self._gather(dict(values))

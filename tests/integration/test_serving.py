@@ -25,7 +25,8 @@ from hrs.generation import Sampling, generate_text
 from hrs.models import build_model
 from hrs.presets import experiment
 from hrs.training import load_model
-from hrs.training.checkpoint import config_as_json, save_checkpoint
+from hrs.training.checkpoint import config_as_json
+from hrs.training.checkpoint_writer import save_checkpoint
 from serve.settings import Settings
 
 pytestmark = pytest.mark.slow

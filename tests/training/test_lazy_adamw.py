@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hrs.config import OptimizerConfig, PhaseConfig
 from hrs.training import lazy_adamw
-from hrs.training.checkpoint import read_checkpoint, restore, save_checkpoint
+from hrs.training.checkpoint import read_checkpoint, restore
+from hrs.training.checkpoint_writer import save_checkpoint
 from hrs.training.lazy_adamw import LazyAdamW, coalesced, lazy_parameters
 from hrs.training.optimizer import build_optimizer, clip_gradients, gradient_norm, set_rates
 from hrs.training.phases import enter_phase, phases_of

@@ -76,10 +76,51 @@ def test_a_process_killed_with_sigkill_resumes_to_the_same_bits(
     assert not list((directory / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("fsync", "survives"), [(3, []), (8, ["step_00000001"])])
+def test_a_process_killed_while_its_writer_is_at_work_resumes_to_the_same_bits(
+    fsync, survives, config, undisturbed, tmp_path: Path
+) -> None:
+    """Training went on for some steps beside the first or the second checkpoint, of which the disk has a part."""
+    open_tokens(config.data, tmp_path / "tokens")
+    directory = tmp_path / "killed"
+    script = Path(__file__).with_name("killed_run.py")
+    command = [sys.executable, script, canonical_json(config), tmp_path / "tokens", directory, "while writing", fsync]
+    child = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert len(child.stdout.splitlines()) == 4
+    left = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    assert [name for name in left if name.startswith("step_")] == survives
+    assert [name for name in left if name.endswith(".partial")]
+    reports = list(train(config, open_tokens(config.data, tmp_path / "tokens"), directory, RUNTIME))
+    assert reports[0].step == 2
+    assert different(weights(directory), undisturbed[0]) == []
+    assert curve(reports) == undisturbed[1]
+    assert not list((directory / "checkpoints").glob(".*"))
+
+
 def test_what_the_consumer_draws_does_not_reach_the_run(config, small_store, undisturbed, tmp_path: Path) -> None:
     for _ in train(config, small_store, tmp_path / "run", RUNTIME):
         torch.randn(5)
     assert different(weights(tmp_path / "run"), undisturbed[0]) == []
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 6])
+def test_a_run_left_at_a_report_goes_on_from_there(
+    stop_after, config, small_store, undisturbed, tmp_path: Path
+) -> None:
+    """By time nothing is due in these seconds: closing writes the checkpoint, with the run's own random state."""
+    runtime, directory, reports = Runtime(device="cpu", log_every=2, checkpoint_minutes=60), tmp_path / "run", []
+    for progress in train(config, small_store, directory, runtime):
+        reports.append(progress)
+        torch.randn(5)
+        if len(reports) == stop_after:
+            break
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == [f"step_{reports[-1].step:08d}"]
+    reports += train(config, small_store, directory, runtime)
+    assert [p.step for p in reports] == [2, 4, 6, 8, 10, 12]
+    assert different(weights(directory), undisturbed[0]) == []
+    assert curve(reports) == undisturbed[1]
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
