@@ -1,7 +1,7 @@
 """The one interface of every language model: audit, evaluation, export, retrieval and serving know only this."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -45,11 +45,16 @@ class WindowContext:
 
     def rows(self, chosen: slice) -> "WindowContext":
         """The same for a part of the batch."""
-        return WindowContext(*(None if t is None else t[chosen] for t in (self.history, self.category, self.memory)))
+        return self.map(lambda tensor: tensor[chosen])
 
     def to(self, device: torch.device) -> "WindowContext":
         """The same on another device."""
-        return WindowContext(*(None if t is None else t.to(device) for t in (self.history, self.category, self.memory)))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "WindowContext":
+        """Apply ``function`` to every tensor that is there."""
+        found = (None if t is None else function(t) for t in (self.history, self.category, self.memory))
+        return WindowContext(*found)
 
 
 class Cache:

@@ -24,6 +24,7 @@ from hrs.models.base import WindowContext
 from hrs.models.geometry import TokenGeometry
 from hrs.training.activations import checkpoint_activations
 from hrs.training.averaging import Averages
+from hrs.training.batches import Batch, Batches
 from hrs.training.checkpoint import config_as_json, read_latest, restore
 from hrs.training.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from hrs.training.interval import IntervalMeans
@@ -153,6 +154,7 @@ class _Run:
         self.writer = CheckpointWriter(
             self.directory, self.model, self.optimizer, self.device, self.averages, gpu_of(self.device)
         )
+        self.batches = Batches(self._prepare, training.steps, self.device, gpu_of(self.device))
         self.schedule = CheckpointSchedule(runtime, training.steps)
         self.saved_step = self.step
         self._require_equal_workers("at the start")
@@ -189,8 +191,7 @@ class _Run:
         self.model.set_progress(step / training.steps)
         self.lr = lr(training.schedule, step, training.steps)
         set_rates(self.optimizer, self.lr, phase.multipliers)
-        tokens = torch.from_numpy(self.windows.batch(step)).to(self.device, non_blocking=True)
-        diagnostics = self.stepper.step(tokens, self._context(step))
+        diagnostics = self.stepper.step(*self.batches.of(step))
         if diagnostics is not None:
             self.skipped_in_a_row = 0
             if self.first:
@@ -205,11 +206,12 @@ class _Run:
             )
         return False
 
-    def _context(self, step: int) -> WindowContext | None:
-        """What the model wants to be told of the windows of a step besides their tokens; None if nothing."""
+    def _prepare(self, step: int) -> Batch:
+        """The windows of a step, and what the model wants to be told of them besides their tokens, on the CPU."""
+        tokens = torch.from_numpy(self.windows.batch(step))
         n_history = self.model.history_tokens
         if not n_history and self.labels is None and self.memories is None:
-            return None
+            return tokens, None
         starts, context = self.windows.starts(step), WindowContext()
         if n_history:
             context.history = torch.from_numpy(history(self.store.train, starts, n_history))
@@ -220,7 +222,7 @@ class _Run:
             shown = self.config.training.retrieval.memory
             memory = window_memory(self.memories, shown, "train", starts, np.roll(starts, 1))
             context.memory = None if memory is None else torch.from_numpy(memory)
-        return context.to(self.device)
+        return tokens, context
 
     def _report(self) -> Progress:
         assert self.phase is not None
@@ -294,7 +296,8 @@ class _Run:
                 _log.warning("%s", error)
 
     def close(self) -> None:
-        """Wait for the checkpoint in flight; its failure is logged, since the run ends for another reason."""
+        """End the threads. A failure of the checkpoint in flight is logged, since the run ends for another reason."""
+        self.batches.close()
         try:
             self.writer.wait()
         except HRSError as error:
