@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import hrs.training.step
 from hrs.config import ExperimentConfig
@@ -41,6 +41,7 @@ from hrs.generation import ContinuousBatch, Sampling
 from hrs.models import LanguageModel, build_model
 from hrs.presets import experiment
 from hrs.training.lazy_adamw import lazy_parameters
+from hrs.training.loss import GPU_CHUNKING
 from hrs.training.memory_imitation import ImitateCuda
 from hrs.training.memory_sparse import empty_gradient
 from hrs.training.memory_step import context_of
@@ -174,6 +175,16 @@ class KernelTrace(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._alive.append(storage)
         return int(storage._cdata)
+
+
+@register_flop_formula(torch.ops.hrs.half_product)
+def _half_product_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+@register_flop_formula(torch.ops.hrs.add_half_product)
+def _add_half_product_flops(total: Sequence[int], a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
 
 
 def launches_kernel(func: Any) -> bool:
@@ -385,7 +396,7 @@ def trace_training(config: ExperimentConfig, micro_batch: int, *, reference_loss
         imitation = _OneKernelAttention()
         imitation.cover(model)
         optimizer = build_optimizer(model, training.optimizer)
-        stepper = Stepper(model, optimizer, training, torch.device("cpu"), micro_batch)
+        stepper = Stepper(model, optimizer, training, torch.device("cpu"), micro_batch, chunking=GPU_CHUNKING)
         windows = torch.zeros(micro_batch, config.model.max_seq_len + 1, dtype=torch.int64)
         context = context_of(model, micro_batch)
         _make_moments(model, optimizer)

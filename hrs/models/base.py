@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,17 @@ class WindowContext:
         """Apply ``function`` to every tensor that is there."""
         found = (None if t is None else function(t) for t in (self.history, self.category, self.memory))
         return WindowContext(*found)
+
+
+class Unembedding(NamedTuple):
+    """A linear output layer: logits are softcap * tanh(z / softcap), or z without a cap, with z = h weight^T + bias."""
+
+    weight: Tensor
+    """[V, d]"""
+    bias: Tensor | None = None
+    """[V]"""
+    softcap: float = 0.0
+    """0 is none."""
 
 
 class Cache:
@@ -125,6 +137,13 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., k]. Applied to chunks of positions where V is large."""
+
+    def unembedding(self) -> Unembedding | None:
+        """Return what :meth:`unembed` computes if it is linear, so that a loss can be computed without its logits.
+
+        Default: None, for output layers that only :meth:`unembed` knows.
+        """
+        return None
 
     @abstractmethod
     def new_cache(self, batch_size: int, history: Tensor | None = None, memory: Tensor | None = None) -> Cache:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
-from hrs.models.base import Cache, LanguageModel, ModelOutput, WindowContext
+from hrs.models.base import Cache, LanguageModel, ModelOutput, Unembedding, WindowContext
 from hrs.models.hrs_cache import HRSCache, HRSSlots
 from hrs.nn.attention import Attention
 from hrs.nn.block import Block, BlockStatistics
@@ -108,6 +108,9 @@ class HRSModel(LanguageModel):
         if self.test_time_memory is not None:
             return self.test_time_memory.unembed(hidden, self.embedding.weight)
         return F.linear(hidden, self.embedding.weight)
+
+    def unembedding(self) -> Unembedding | None:
+        return Unembedding(self.embedding.weight) if self.test_time_memory is None else None
 
     def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         recalled = None if context is None else self._recall(context.history)

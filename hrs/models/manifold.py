@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hrs.config import ManifoldConfig, ModelConfig
 from hrs.errors import HRSError
-from hrs.models.base import Cache, LanguageModel, ModelOutput, WindowContext
+from hrs.models.base import Cache, LanguageModel, ModelOutput, Unembedding, WindowContext
 from hrs.models.geometry import TokenGeometry
 from hrs.nn.cache import TailCache
 from hrs.nn.manifold import Hop, HopCache, HopStatistics, SharedLayers, WindowReader, per_token
@@ -145,6 +145,9 @@ class ManifoldModel(LanguageModel):
     def unembed(self, hidden: Tensor) -> Tensor:
         logits, cap = self.output(hidden), self.config.manifold.softcap
         return cap * torch.tanh(wide(logits) / cap) if cap else logits
+
+    def unembedding(self) -> Unembedding:
+        return Unembedding(self.output.weight, self.output.bias, self.config.manifold.softcap)
 
     def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         return self._run(tokens, None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.errors import HRSError
-from hrs.models.base import Cache, LanguageModel, ModelOutput, WindowContext
+from hrs.models.base import Cache, LanguageModel, ModelOutput, Unembedding, WindowContext
 from hrs.models.geometry import TokenGeometry
 from hrs.nn.as_built import Hop, SharedLayers, read_tokens
 
@@ -79,6 +79,9 @@ class ManifoldModelAsBuilt(LanguageModel):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
+
+    def unembedding(self) -> Unembedding:
+        return Unembedding(self.output.weight, self.output.bias)
 
     def encode(self, tokens: Tensor, context: WindowContext | None = None) -> ModelOutput:
         n_tokens = tokens.shape[1]

@@ -11,6 +11,7 @@ from hrs.models import build_model
 from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.activations import checkpoint_activations
 from hrs.training.lazy_adamw import lazy_parameters
+from hrs.training.loss import CPU_CHUNKING, GPU_CHUNKING
 from hrs.training.memory_imitation import ImitateCuda
 from hrs.training.memory_sparse import carry_sparse_gradients, empty_gradient, parts
 from hrs.training.memory_trace import Peak, StorageCounter, peak
@@ -68,7 +69,8 @@ def training_step_peak(
         checkpoint_activations(model)
     optimizer = build_optimizer(model, training.optimizer)
     carry_sparse_gradients(optimizer, n_micro_batches)
-    stepper = Stepper(model, optimizer, training, torch.device("cpu"), micro_batch)
+    chunking = GPU_CHUNKING if imitate_cuda else CPU_CHUNKING
+    stepper = Stepper(model, optimizer, training, torch.device("cpu"), micro_batch, chunking=chunking)
     windows = torch.zeros(micro_batch * min(2, n_micro_batches), model_config.max_seq_len + 1, dtype=torch.int64)
     context = context_of(model, len(windows))
 

@@ -10,7 +10,7 @@ from hrs.config import TrainingConfig
 from hrs.errors import HRSError
 from hrs.gpu import gpu_of
 from hrs.models.base import LanguageModel, WindowContext
-from hrs.training.loss import cross_entropy
+from hrs.training.loss import Chunking, chunking_for, cross_entropy
 from hrs.training.optimizer import clip_gradients, gradient_norm
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.runtime import autocast
@@ -48,14 +48,17 @@ class Stepper:
         *,
         compiled: bool = False,
         workers: Workers | None = None,
+        chunking: Chunking | None = None,
     ) -> None:
-        """Raises HRSError if ``config.sharing`` names a group that the model does not have."""
+        """Raises HRSError if ``config.sharing`` names a group that the model does not have. ``chunking`` is that of the
+        loss; None takes the device's default."""
         self.model = model
         self.optimizer = optimizer
         self.config = config
         self.device = device
         self.micro_batch = micro_batch
         self.workers = workers
+        self.chunking = chunking or chunking_for(device)
         self._parameters = list(model.parameters())
         self._unshared = unshared_parameters(model.parameter_groups(), config.sharing)
         # The bound method, not the module: torch.compile(model) would prefix every name of the state_dict.
@@ -196,6 +199,8 @@ class Stepper:
                     output.hidden,
                     windows[:, 1:],
                     vocab_size=self.model.vocab_size,
+                    unembedding=self.model.unembedding(),
+                    chunking=self.chunking,
                     label_smoothing=self.config.label_smoothing,
                 )
             total = loss

@@ -8,12 +8,9 @@ from hrs.config import ExperimentConfig
 from hrs.data import TokenSplit
 from hrs.data.windows import WindowMemories, evaluation_windows, history, strangers, window_memory
 from hrs.models.base import LanguageModel, WindowContext
-from hrs.training.loss import cross_entropy
+from hrs.training.loss import IGNORED, chunking_for, cross_entropy
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.runtime import autocast
-
-_NOT_SCORED = -100
-"""The target that cross-entropy ignores."""
 
 
 class Validation:
@@ -48,9 +45,16 @@ class Validation:
             context = self._context(first, windows, model.history_tokens, device)
             with autocast(self._precision, device):
                 hidden = model.encode(tokens.to(device), context).hidden
-                mean = cross_entropy(model.unembed, hidden, targets.to(device), vocab_size=model.vocab_size)
+                mean = cross_entropy(
+                    model.unembed,
+                    hidden,
+                    targets.to(device),
+                    vocab_size=model.vocab_size,
+                    unembedding=model.unembedding(),
+                    chunking=chunking_for(device),
+                )
             nats += mean.item() * targets.numel()  # ignored targets add nothing, but are in the mean's denominator
-            scored += int((targets != _NOT_SCORED).sum())
+            scored += int((targets != IGNORED).sum())
         model.train()
         set_rng(rng, device)
         return nats / scored
@@ -60,7 +64,7 @@ class Validation:
         positions = np.array([start for start, _ in windows])[:, None] + np.arange(self._length)  # [B, T + 1]
         tokens = self._split.tokens[positions].astype(np.int64)
         targets = tokens[:, 1:].copy()
-        targets[positions[:, 1:] < np.array([scored for _, scored in windows])[:, None]] = _NOT_SCORED
+        targets[positions[:, 1:] < np.array([scored for _, scored in windows])[:, None]] = IGNORED
         return torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets)
 
     def _context(
