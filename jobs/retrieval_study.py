@@ -152,7 +152,7 @@ def run_and_measure(
     for run in bases:
         if not is_measured(run, split, storage):
             scorer = ray.remote(num_cpus=1, num_gpus=share, max_retries=2)(measure)
-            lines[scorer.remote(run, split, storage, runtime)] = run.label
+            lines[scorer.remote(run, split, storage, runtime.reserving(share))] = run.label
     while lines:
         ready, _ = ray.wait(list(lines), num_returns=1)
         stream: Any = ready[0]

@@ -50,7 +50,7 @@ def trial_spec(t: TrialPlan, study_id: str, storage: Storage, runtime: Runtime) 
         run=t.run,
         study_id=study_id,
         storage_root=str(storage.root),
-        runtime=dataclasses.replace(runtime, micro_batch=t.micro_batch),
+        runtime=dataclasses.replace(runtime.reserving(t.card_frac), micro_batch_limit=t.micro_batch),
         card_frac=t.card_frac,
     )
 

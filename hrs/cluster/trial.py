@@ -41,7 +41,8 @@ class TrialSpec:
     storage_root: str
     runtime: Runtime
     card_frac: float = 0.0
-    """Share of one card that the allocator may take; 0 without a card."""
+    """Share of one GPU that was reserved and that this process is kept to; 0 if none was, see
+    :meth:`hrs.training.Runtime.reserving`."""
     stop_outcome: Literal["killed", "stopped"] = "killed"
     """What it means when the trial is closed before its end: a cancel, or a scheduler's decision."""
 
@@ -106,13 +107,13 @@ def _until_finished(spec: TrialSpec, trainer: Trainer, logger: RunLogger, storag
 
 def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogger) -> Iterator[TrialProgress]:
     config, directory = spec.run.config, storage.run(spec.run.key)
-    steps, device = config.training.steps, spec.runtime.torch_device()
-    gpu = gpu_of(device)
-    if gpu is not None:
-        gpu.release_cached_memory()  # of the trial this process ran before
-        gpu.reset_peak()
-        if spec.card_frac:
-            cap_process_memory(spec.card_frac, device)
+    steps = config.training.steps
+    if spec.card_frac:
+        device = spec.runtime.torch_device()  # opens the GPU: a cap, as everything, is valid only after that
+        gpu = gpu_of(device)
+        if gpu is not None:
+            gpu.release_cached_memory()  # of the trial this process ran before
+        cap_process_memory(spec.card_frac, device)
     store = open_tokens(config.data, storage.tokens)
     for p in trainer(config, store, directory, spec.runtime, geometry_of(config, store, storage)):
         logger.log(p.step, p.metrics)
@@ -126,6 +127,7 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
             seconds_left=p.seconds_left,
         )
     model, _ = load_model(directory)
+    device = spec.runtime.torch_device()  # not before: another process may be the one that trains
     yield TrialProgress(stage="evaluate", step=steps, steps=steps)
     evaluation = evaluate(model.to(device), store, stride_frac=config.evaluation.stride_frac)
     evaluation.save(directory)

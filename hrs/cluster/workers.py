@@ -57,7 +57,7 @@ def train_with_workers(
     workers: list[Any] = []
     try:
         workers = [_start(placement, rank, runtime.threads, cards) for rank in range(n)]
-        order = ray.put((config, tokens, directory, runtime, geometry))
+        order = ray.put((config, tokens, directory, runtime.reserving(cards), geometry))
         waiting: dict[Any, int] = {}
         try:
             meeting = ray.get(workers[0].invite.remote())

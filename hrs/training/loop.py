@@ -38,7 +38,7 @@ from hrs.training.retrieval import TrainingMemories, start_from
 from hrs.training.runtime import DEFAULT_RUNTIME, Runtime
 from hrs.training.schedule import lr
 from hrs.training.sharing import Workers, checksums
-from hrs.training.step import Stepper
+from hrs.training.step import Stepper, largest_divisor
 from hrs.training.validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -116,6 +116,9 @@ class _Run:
         self.config, self.store, self.directory, self.runtime = config, store, directory, runtime
         self.workers, self.first = workers, workers is None or workers.first
         self.device = runtime.torch_device()
+        gpu = gpu_of(self.device)
+        if gpu is not None:
+            gpu.reset_peak()  # a warm process has trained other runs
         self.windows = TrainingWindows(store.train.tokens, model.max_seq_len, training.batch_sequences, config.seed)
         self.memories = memories
         self.validation = Validation(store.validation, config, memories) if training.validations else None
@@ -339,7 +342,8 @@ class _Run:
         return state
 
     def _micro_batch(self, state: dict[str, Any]) -> int:
-        """What the user asked for; else what an earlier session found to fit; else what is predicted to fit."""
+        """Return what the user asked for; else the smaller of what an earlier session used and what is predicted to
+        fit."""
         sharing, asked = self.config.training.sharing, self.runtime.micro_batch
         batch = self.config.training.batch_sequences // sharing.workers
         if asked is not None:
@@ -347,11 +351,11 @@ class _Run:
                 part = f" of each of {sharing.workers} workers" if sharing.workers > 1 else ""
                 raise HRSError(f"micro_batch {asked} must divide batch {batch}{part}")
             return asked
-        if state["micro_batch"] is not None:
-            return int(state["micro_batch"])
-        if self.runtime.memory_limit_bytes is not None:
+        found, limit = state["micro_batch"], self.runtime.micro_batch_limit
+        if found is None and limit is None and self.runtime.memory_limit_bytes is not None:
             return fit_micro_batch(self.config, self.runtime.memory_limit_bytes, self.runtime).micro_batch
-        return batch
+        # An earlier session may have run out of memory where the plan says that it fits.
+        return largest_divisor(batch, min(n for n in (batch, found, limit) if n is not None))
 
     def write_summary(self) -> None:
         """Write ``training.json``."""

@@ -4,7 +4,8 @@ The step is traced on fake tensors: shapes and lifetimes are those of the real c
 device :class:`hrs.training.memory_imitation.ImitateCuda` makes the fake tensors cost what the card's kernels would keep
 (fused attention, byte masks of dropout, CUDA's autocast rules); storages are rounded up to the caching allocator's
 blocks, and :data:`CUDA_OVERHEAD_BYTES` is added for everything that allocator does not hand out. Fragmentation is not
-predicted. For the CPU the trace is exact up to the scratch space inside kernels.
+predicted, but :func:`reserved_bytes` leaves room for it. For the CPU the trace is exact up to the scratch space inside
+kernels.
 
 Every parameter is taken to learn: phases in which some rest only make a step smaller. A compiled step is predicted as
 an eager one.
@@ -29,6 +30,11 @@ most 32 MiB per stream) and half-used segments of the caching allocator. An allo
 
 CUDA_BLOCK_BYTES = 512
 """The caching allocator rounds every request up to a multiple of this."""
+
+FRAGMENTATION_FRAC = 0.08
+"""Room for what the allocator cannot use between tensors, as a share of the predicted peak. A replay of traced steps
+through torch's growing segments (pages of 2 and 20 MiB) needs 2 to 5 % of the predicted peak beyond its tensors; the
+rest is for what one step does not show: validation, evaluation, and steps that differ."""
 
 GIB = 2**30
 
@@ -69,7 +75,7 @@ def estimate_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) 
     batch = config.training.batch_sequences
     if micro_batch < 1 or batch % micro_batch:
         raise HRSError(f"micro_batch {micro_batch} must divide training.batch_sequences {batch}")
-    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu())
+    on_cuda = _on_gpu(runtime)
     precision = config.training.precision
     bf16 = precision == "bf16" or (precision == "auto" and on_cuda)
     # Only what shapes a step is left in the key, so that a whole study shares its traces.
@@ -91,6 +97,21 @@ def estimate_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) 
 def predict_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> int:
     """Bytes a device must have for one training step of ``config``; see :func:`estimate_peak`."""
     return estimate_peak(config, micro_batch, runtime).peak_bytes
+
+
+def reserved_bytes(peak_bytes: int) -> int:
+    """Return what a GPU must have for a process whose predicted peak is ``peak_bytes``: with room for fragmentation."""
+    return peak_bytes + int(FRAGMENTATION_FRAC * peak_bytes)
+
+
+def _on_gpu(runtime: Runtime) -> bool:
+    """True if ``runtime`` means a GPU, here or elsewhere; opens none."""
+    return runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu())
+
+
+def _required_bytes(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> int:
+    peak_bytes = predict_peak(config, micro_batch, runtime)
+    return reserved_bytes(peak_bytes) if _on_gpu(runtime) else peak_bytes
 
 
 @cache
@@ -126,7 +147,8 @@ def _trace(
 
 
 def fit_micro_batch(config: ExperimentConfig, limit_bytes: int, runtime: Runtime) -> MemoryPlan:
-    """The largest divisor of the effective batch whose step fits ``limit_bytes``.
+    """Return the largest divisor of the effective batch whose step fits ``limit_bytes``, on a GPU with room for
+    fragmentation (:func:`reserved_bytes`).
 
     Raises:
         HRSError: if not even one window at a time fits.
@@ -134,13 +156,14 @@ def fit_micro_batch(config: ExperimentConfig, limit_bytes: int, runtime: Runtime
     whole = config.training.batch_sequences
     batch = whole // config.training.sharing.workers  # no micro-batch reaches over the border of a worker's part
     # The undivided batch is apart: its gradients need not outlive a micro-batch, so it may fit where its half does not.
-    if (peak_bytes := predict_peak(config, batch, runtime)) <= limit_bytes:
+    if _required_bytes(config, batch, runtime) <= limit_bytes:
+        peak_bytes = predict_peak(config, batch, runtime)
         return MemoryPlan(micro_batch=batch, accumulation=whole // batch, peak_bytes=peak_bytes)
     divisors = [n for n in range(1, batch) if batch % n == 0]
     low, high = 0, len(divisors)  # divisors[:low] fit, divisors[high:] do not
     while low < high:
         middle = (low + high) // 2
-        if predict_peak(config, divisors[middle], runtime) <= limit_bytes:
+        if _required_bytes(config, divisors[middle], runtime) <= limit_bytes:
             low = middle + 1
         else:
             high = middle
@@ -152,14 +175,15 @@ def fit_micro_batch(config: ExperimentConfig, limit_bytes: int, runtime: Runtime
 
 
 def _too_large(config: ExperimentConfig, limit_bytes: int, runtime: Runtime) -> str:
-    needed = predict_peak(config, 1, runtime) / GIB
+    needed = _required_bytes(config, 1, runtime) / GIB
+    where = "GPU" if _on_gpu(runtime) else "machine"
     fact = (
         f"{config.preset} at scale {config.scale} needs {needed:.2f} GiB at micro-batch 1 "
-        f"and the card has {limit_bytes / GIB:.2f} GiB"
+        f"and the {where} has {limit_bytes / GIB:.2f} GiB free"
     )
     if runtime.activation_checkpointing:
         return f"{fact}: choose a smaller scale"
-    checkpointed = predict_peak(config, 1, replace(runtime, activation_checkpointing=True))
+    checkpointed = _required_bytes(config, 1, replace(runtime, activation_checkpointing=True))
     if checkpointed > limit_bytes:
         return (
             f"{fact}: choose a smaller scale (activation checkpointing would still need {checkpointed / GIB:.2f} GiB)"
@@ -170,8 +194,9 @@ def _too_large(config: ExperimentConfig, limit_bytes: int, runtime: Runtime) -> 
 
 
 def card_fraction(peak_bytes: int, card_bytes: int) -> float:
-    """The share of a card to reserve for a trial, in hundredths: rounded up, so shares that sum to 1 fit; at most 1."""
-    hundredths = -(-100 * peak_bytes // card_bytes)
+    """Return the share of a GPU to reserve for a trial, in hundredths: :func:`reserved_bytes`, rounded up, so that
+    shares which sum to 1 fit; at most 1."""
+    hundredths = -(-100 * reserved_bytes(peak_bytes) // card_bytes)
     return min(max(hundredths, 1), 100) / 100
 
 

@@ -1,7 +1,7 @@
 """How a run is executed: device, micro-batch, threads. Nothing here belongs to the run's identity."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,8 +17,10 @@ class Runtime:
     device: str = "auto"
     """``auto`` is the first GPU if there is one, else the CPU; or a torch device such as ``cuda:1``."""
     micro_batch: int | None = None
-    """Windows per forward pass. None starts from the whole batch (with ``training.sharing.workers`` from one worker's
-    part, which it must divide), or from what fits ``memory_limit_bytes``."""
+    """Windows per forward pass, whatever an earlier session found to fit. None starts from the whole batch (with
+    ``training.sharing.workers`` from one worker's part, which it must divide), or from what fits the limits below."""
+    micro_batch_limit: int | None = None
+    """Most windows per forward pass: what a plan predicts to fit. An earlier session's smaller micro-batch is kept."""
     threads: int = 1
     """CPU threads of torch."""
     compile: bool = False
@@ -34,10 +36,17 @@ class Runtime:
     log_every: int = 10
     """Steps between progress reports."""
     memory_limit_bytes: int | None = None
-    """Memory the micro-batch is chosen for when ``micro_batch`` is None."""
+    """Memory the micro-batch is chosen for when neither ``micro_batch`` nor ``micro_batch_limit`` is given."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "threads", "checkpoint_every", "log_every", "memory_limit_bytes"):
+        for name in (
+            "micro_batch",
+            "micro_batch_limit",
+            "threads",
+            "checkpoint_every",
+            "log_every",
+            "memory_limit_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HRSError(f"runtime.{name} must be at least 1, got {value}")
@@ -45,6 +54,14 @@ class Runtime:
             raise HRSError(f"runtime.checkpoint_minutes must be above 0, got {self.checkpoint_minutes}")
         if self.checkpoint_minutes is not None and self.checkpoint_every is not None:
             raise HRSError("checkpoints are written by minutes or by steps: set checkpoint_minutes or checkpoint_every")
+
+    def reserving(self, gpu_frac: float) -> "Runtime":
+        """Return this runtime for work that reserved ``gpu_frac`` of a GPU from a scheduler.
+
+        Who reserves none uses the CPU: Ray hides no GPU from a worker that asked for none, and nothing would limit the
+        memory that many such workers take of the first GPU.
+        """
+        return self if gpu_frac else replace(self, device="cpu")
 
     def torch_device(self) -> torch.device:
         """Return the device that ``device`` means; a GPU is opened and its device carries an index.

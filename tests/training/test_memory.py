@@ -24,6 +24,7 @@ from hrs.training.memory import (
     estimate_peak,
     fit_micro_batch,
     predict_peak,
+    reserved_bytes,
 )
 from hrs.training.memory_imitation import ImitateCuda
 from hrs.training.memory_step import measure_step, training_step_peak
@@ -283,9 +284,10 @@ def test_trials_packed_by_fraction_fit_the_card(peak_bytes: int, card_bytes: int
     fraction = card_fraction(peak_bytes, card_bytes)
     hundredths = round(100 * fraction)
     assert fraction == hundredths / 100 and 1 <= hundredths <= 100
-    if peak_bytes <= card_bytes:
-        assert 100 // hundredths * peak_bytes <= card_bytes
-        assert (hundredths - 1) * card_bytes < 100 * peak_bytes  # rounded by less than one hundredth
+    needed = reserved_bytes(peak_bytes)
+    if needed <= card_bytes:
+        assert 100 // hundredths * needed <= card_bytes
+        assert (hundredths - 1) * card_bytes < 100 * needed  # rounded by less than one hundredth
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
