@@ -4,6 +4,7 @@
 #   make test         lint, types, import rules and all tests
 #   make test-fast    the same without the tests that start real services or train for long
 #   make fuzz         the property tests at random, with 20 times the examples; SEED=N repeats a run, ARGS="-k NAME" one test
+#   make test-gpu     what only a real NVIDIA GPU can show, in about ten minutes; ARGS="--only presets"
 #   make ui           MLflow over the same store
 #   make setup        only install; the other targets do it by themselves
 #   make clean        remove the environment and the caches; results stay in the storage folder
@@ -29,7 +30,7 @@ export PYTHONDONTWRITEBYTECODE =
 # Nothing here may attach to a cluster this shell happens to point at.
 unexport RAY_ADDRESS
 
-.PHONY: setup demo check test test-fast fuzz ui clean
+.PHONY: setup demo check test test-fast test-gpu fuzz ui clean
 
 setup: $(STAMP)
 
@@ -61,6 +62,9 @@ test-fast: check
 fuzz: $(STAMP)
 	@echo 'to repeat this run: make fuzz SEED=$(SEED) ARGS="$(ARGS)"'
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest -q -n logical -m hypothesis --hypothesis-seed=$(SEED) --timeout 3600 $(ARGS)
+
+test-gpu: $(STAMP)
+	@$(BIN)/python -m tests.gpu $(ARGS)
 
 ui: $(STAMP)
 	@$(BIN)/hrs ui --port $(PORT)

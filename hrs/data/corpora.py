@@ -6,7 +6,6 @@ from pathlib import Path
 from hrs.data.documents import Corpus, Document, fingerprint_files, package_file
 from hrs.data.files import JSONLCorpus, ParquetCorpus, TextCorpus
 from hrs.data.hub import HubCorpus
-from hrs.data.wikipedia import WikiMini
 from hrs.errors import HRSError
 
 CORPORA = ("wiki-mini", "bbc", "wikitext-103", "hf:NAME[:CONFIG]", "text:PATH", "jsonl:PATH", "parquet:PATH")
@@ -21,6 +20,8 @@ def load_corpus(name: str) -> Corpus:
     kind, _, rest = name.partition(":")
     match kind:
         case "wiki-mini" if not rest:
+            from hrs.data.wikipedia import WikiMini  # needs a parser of wiki text, which no other corpus does
+
             return WikiMini()
         case "bbc" if not rest:
             return BBC()

@@ -5,7 +5,6 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from hrs.gpu import gpu_of
@@ -61,4 +60,8 @@ class TrainingSummary:
 def memory_in_use_bytes(device: torch.device) -> int:
     """Return, on a GPU, the most that tensors took at once; on the CPU, the resident size of this process."""
     gpu = gpu_of(device)
-    return int(psutil.Process().memory_info().rss) if gpu is None else gpu.peak_bytes()
+    if gpu is not None:
+        return gpu.peak_bytes()
+    import psutil  # a machine that only runs the checks of its GPU need not have it
+
+    return int(psutil.Process().memory_info().rss)
