@@ -104,6 +104,6 @@ def test_the_makespan_is_that_of_the_simulated_queue(runs: list[Run], tmp_path: 
 
 
 def test_a_card_that_is_too_small_is_one_sentence(runs: list[Run], tmp_path: Path) -> None:
-    with pytest.raises(HRSError, match="card") as caught:
+    with pytest.raises(HRSError, match=r"the GPU has 0\.50 GiB free") as caught:
         plan_runs(runs, set(), Hardware(cpus=2, card_bytes=(2**29,)), Storage(tmp_path), Runtime())
     assert "\n" not in str(caught.value)
