@@ -193,6 +193,15 @@ class LanguageModel(nn.Module, ABC):
     def drop_observations(self) -> None:
         """Those passes came to nothing (out of memory, a loss that is not finite): forget what they showed."""
 
+    def drop_observations_unless(self, taken: Tensor) -> None:
+        """Call :meth:`drop_observations` if ``taken``, a boolean scalar, is False; :meth:`keep_observations` follows.
+
+        Default: wait for the value of ``taken``, unless there is nothing to drop. Models that observe override it so
+        that a GPU need not be waited for.
+        """
+        if type(self).drop_observations is not LanguageModel.drop_observations and not bool(taken):
+            self.drop_observations()
+
     @torch.no_grad()
     def count_parameters(self) -> int:
         """Distinct scalars; a tied tensor counts once."""

@@ -276,6 +276,10 @@ class HRSModel(LanguageModel):
         if self.engram is not None:
             self.engram.drop_observations()
 
+    def drop_observations_unless(self, taken: Tensor) -> None:
+        if self.engram is not None:
+            self.engram.drop_observations_unless(taken)
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():

@@ -55,12 +55,16 @@ class Averages:
     # ---- every step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def follow(self, step: int, *, updated: bool) -> None:
-        """Take in the weights after ``step`` steps; ``updated`` is whether the last of them changed any."""
+    def follow(self, step: int, *, updated: bool | Tensor) -> None:
+        """Take in the weights after ``step`` steps; ``updated`` is whether the last of them changed any, a tensor where
+        only the device knows."""
         weights: list[Tensor] = list(self._parameters.values())
         for decay, average in self._averages.items():
             if step == self.start:
                 torch._foreach_copy_(average, weights)
+            elif step > self.start and isinstance(updated, Tensor):
+                share = (1.0 - decay) * updated  # 0 leaves an average as it is, to the bit
+                torch._foreach_lerp_(average, weights, [share] * len(weights))
             elif step > self.start and updated:
                 torch._foreach_lerp_(average, weights, 1.0 - decay)
         self._began = step >= self.start

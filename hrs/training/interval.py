@@ -14,15 +14,17 @@ class IntervalMeans:
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._pending: dict[str, list[Tensor]] = {}
+        self._taken: dict[str, list[Tensor | None]] = {}
         self._sums: dict[str, list[float]] = {}
         self._counts: dict[str, int] = {}
         if state:
             self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
-    def add(self, values: Mapping[str, Sequence[Tensor]]) -> None:
-        """Take in detached values by name, each scalar or [k]."""
+    def add(self, values: Mapping[str, Sequence[Tensor]], taken: Tensor | None = None) -> None:
+        """Take in detached values by name, each scalar or [k]; none if ``taken``, a boolean scalar, is False."""
         for name, items in values.items():
             self._pending.setdefault(name, []).extend(items)
+            self._taken.setdefault(name, []).extend([taken] * len(items))
 
     def state(self) -> dict[str, Any]:
         """Everything so far, for JSON."""
@@ -39,9 +41,14 @@ class IntervalMeans:
     def _flush(self) -> None:
         for name, items in self._pending.items():
             rows = torch.stack([item.reshape(-1) for item in items]).double().tolist()  # [n, k]
+            if flags := [flag for flag in self._taken[name] if flag is not None]:
+                values = iter(torch.stack(flags).tolist())
+                rows = [row for row, flag in zip(rows, self._taken[name], strict=True) if flag is None or next(values)]
+            if not rows:
+                continue
             sums = self._sums.get(name, [0.0] * len(rows[0]))
             for row in rows:  # one after another: the sum must not depend on where a checkpoint cut the interval
                 sums = [a + b for a, b in zip(sums, row, strict=True)]
             self._sums[name] = sums
             self._counts[name] = self._counts.get(name, 0) + len(rows)
-        self._pending = {}
+        self._pending, self._taken = {}, {}

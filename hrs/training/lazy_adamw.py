@@ -35,6 +35,9 @@ times as many are copied."""
 class LazyAdamW(torch.optim.AdamW):
     """Fused AdamW; parameters [rows, width] of groups with ``"lazy": True`` are updated by the rule above.
 
+    As with any fused optimiser of torch, a step changes nothing where the attribute ``found_inf``, a float scalar on
+    the device, is 1.
+
     A lazy parameter takes sparse COO gradients with one sparse dimension, coalesced or not, and dense ones, which touch
     every row. Its state is that of AdamW, ``step``, ``exp_avg`` and ``exp_avg_sq``, and ``row_step``: int32 [rows], the
     step of each row's last update. Sparse gradients are coalesced after every backward pass, so that however many
@@ -74,11 +77,14 @@ class LazyAdamW(torch.optim.AdamW):
         rows, values = _rows_and_values(parameter.grad)
         width = parameter.shape[1]
         n = max(1, CHUNK_ELEMENTS.get(parameter.device.type, CHUNK_ELEMENTS["cpu"]) // width)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         # Made once: to touch fresh pages for every chunk costs more than the arithmetic.
         copies = parameter.new_empty(3, min(n, len(rows)), width)
         for chunk, gradient in zip(rows.split(n), values.split(n), strict=True):
-            _update_rows(parameter, state, chunk, gradient, group, copies[:, : len(chunk)])
+            _update_rows(parameter, state, chunk, gradient, group, copies[:, : len(chunk)], found_inf)
         state["step"] += 1
+        if found_inf is not None:
+            state["step"] -= found_inf
 
 
 def _rows_and_values(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +96,13 @@ def _rows_and_values(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _update_rows(
-    table: Tensor, state: dict[str, Tensor], rows: Tensor, gradient: Tensor, group: dict[str, Any], copies: Tensor
+    table: Tensor,
+    state: dict[str, Tensor],
+    rows: Tensor,
+    gradient: Tensor,
+    group: dict[str, Any],
+    copies: Tensor,
+    found_inf: Tensor | None,
 ) -> None:
     """Update ``rows`` [n], all different, of ``table`` [rows, width] with ``gradient`` [n, width].
 
@@ -99,7 +111,10 @@ def _update_rows(
     (beta1, beta2), lr, weight_decay = group["betas"], group["lr"], group["weight_decay"]
     now = state["step"] + 1
     # In float64: float32 rounds 1 - lr * wd by 3e-8, a thousandth of a usual lr * wd, which the power would keep.
-    between = (now - state["row_step"].index_select(0, rows) - 1).double().unsqueeze(1)  # [n, 1]
+    row_step = state["row_step"].index_select(0, rows)
+    between = (now - row_step - 1).double().unsqueeze(1)  # [n, 1]
+    if found_inf is not None:
+        between = between * (1 - found_inf)
     tensors = (table, state["exp_avg"], state["exp_avg_sq"])
     for tensor, copy, factor in zip(tensors, copies, (1 - lr * weight_decay, beta1, beta2), strict=True):
         torch.index_select(tensor, 0, rows, out=copy)
@@ -120,10 +135,14 @@ def _update_rows(
         weight_decay=weight_decay,
         eps=group["eps"],
         maximize=False,
+        found_inf=found_inf,
     )
     for tensor, copy in zip(tensors, copies, strict=True):
         tensor.index_copy_(0, rows, copy)
-    state["row_step"].index_copy_(0, rows, now.to(state["row_step"].dtype).expand(rows.shape))
+    done = now.to(row_step.dtype).expand(rows.shape)
+    if found_inf is not None:
+        done = torch.where(found_inf > 0, row_step, done)
+    state["row_step"].index_copy_(0, rows, done)
 
 
 def lazy_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hrs.config import AveragingConfig, ExperimentConfig
 from hrs.data import TokenStore
@@ -42,6 +43,8 @@ from hrs.training.step import Stepper, largest_divisor
 from hrs.training.validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 10
+STEPS_BETWEEN_CHECKS = 10
+"""Where a GPU is not waited for at every step."""
 
 _log = logging.getLogger(__name__)
 
@@ -142,6 +145,8 @@ class _Run:
         self.skipped: int = state["skipped_steps"]
         self.skipped_in_a_row: int = state["skipped_in_a_row"]
         self.peak_memory_bytes: int = state["peak_memory_bytes"]
+        self.check_every = runtime.check_every or (STEPS_BETWEEN_CHECKS if self.device.type == "cuda" else None)
+        self.unchecked: list[Tensor] = []
         self.interval = IntervalMeans(state["interval"])
         self.interval_steps, self.interval_seconds = 0, 0.0
         self.phase: Phase | None = None
@@ -184,8 +189,8 @@ class _Run:
         self.seconds += time.perf_counter() - began - elapsed
         return progress
 
-    def _learn(self) -> bool:
-        """One optimiser step; False if it was skipped."""
+    def _learn(self) -> bool | Tensor:
+        """Do one optimiser step; False if it was skipped. A tensor if only the device knows yet."""
         training, step = self.config.training, self.step
         phase = phase_at(self.phases, step)
         if phase is not self.phase:
@@ -194,20 +199,35 @@ class _Run:
         self.model.set_progress(step / training.steps)
         self.lr = lr(training.schedule, step, training.steps)
         set_rates(self.optimizer, self.lr, phase.multipliers)
-        diagnostics = self.stepper.step(*self.batches.of(step))
-        if diagnostics is not None:
-            self.skipped_in_a_row = 0
-            if self.first:
+        if self.check_every is None:
+            diagnostics = self.stepper.step(*self.batches.of(step))
+            if self.first and diagnostics is not None:
                 self.interval.add(diagnostics)
-            return True
-        self.skipped += 1
-        self.skipped_in_a_row += 1
+            self._count(step, taken=diagnostics is not None)
+            return diagnostics is not None
+        diagnostics, taken = self.stepper.step_without_waiting(*self.batches.of(step))
+        if self.first:
+            self.interval.add(diagnostics, taken)
+        self.unchecked.append(taken)
+        if len(self.unchecked) >= self.check_every:
+            self._check(step + 1)
+        return taken
+
+    def _check(self, steps: int) -> None:
+        """Wait for the device and count the steps, up to ``steps`` in all, that it has not told about."""
+        flags = torch.stack(self.unchecked).tolist() if self.unchecked else []
+        self.unchecked.clear()
+        for step, taken in enumerate(flags, steps - len(flags)):
+            self._count(step, taken=taken)
+
+    def _count(self, step: int, *, taken: bool) -> None:
+        self.skipped += not taken
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise HRSError(
                 f"loss or gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}: lower "
                 "training.schedule.peak_lr; the weights before these steps are in the last checkpoint"
             )
-        return False
 
     def _prepare(self, step: int) -> Batch:
         """The windows of a step, and what the model wants to be told of them besides their tokens, on the CPU."""
@@ -229,6 +249,7 @@ class _Run:
 
     def _report(self) -> Progress:
         assert self.phase is not None
+        self._check(self.step)
         if not self.schedule.by_time:
             self.writer.wait()  # checkpoints at steps that were asked for are there when a report says so
         steps = self.config.training.steps
@@ -307,6 +328,7 @@ class _Run:
             _log.warning("%s", error)
 
     def _save(self) -> None:
+        self._check(self.step)
         state = {
             "config": config_as_json(self.config),
             "data": self.store.fingerprint,

@@ -35,6 +35,10 @@ class Runtime:
     report."""
     log_every: int = 10
     """Steps between progress reports."""
+    check_every: int | None = None
+    """Steps between looks at whether losses and gradients were finite. Each look waits for the device; a step that was
+    not finite changes nothing either way. None looks at every step on the CPU, at every tenth on a GPU, and before
+    every report and checkpoint."""
     memory_limit_bytes: int | None = None
     """Memory the micro-batch is chosen for when neither ``micro_batch`` nor ``micro_batch_limit`` is given."""
 
@@ -45,6 +49,7 @@ class Runtime:
             "threads",
             "checkpoint_every",
             "log_every",
+            "check_every",
             "memory_limit_bytes",
         ):
             value = getattr(self, name)

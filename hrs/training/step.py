@@ -72,10 +72,7 @@ class Stepper:
         Raises:
             HRSError: if even one window at a time does not fit the memory.
         """
-        diagnostics, total = self._gradients(tokens, context)
-        if self.workers is not None:
-            diagnostics, total = self._exchange(self.workers, diagnostics, total)
-        norm = gradient_norm(self.optimizer)
+        diagnostics, total, norm = self._everyones_gradients(tokens, context)
         # The only wait for the device in a step.
         finite = all(map(math.isfinite, torch.stack([norm, total]).tolist()))
         if finite:
@@ -86,6 +83,34 @@ class Stepper:
             self.model.drop_observations()
         self.optimizer.zero_grad(set_to_none=True)
         return diagnostics if finite else None
+
+    def step_without_waiting(self, tokens: Tensor, context: WindowContext | None = None) -> tuple[Diagnostics, Tensor]:
+        """Do as :meth:`step` does without waiting for the device.
+
+        Returns:
+            The diagnostics, which count only if the step was taken, and whether it was: a boolean scalar on the device.
+            If it was not, neither weights nor moments have changed.
+        """
+        diagnostics, total, norm = self._everyones_gradients(tokens, context)
+        taken = norm.isfinite() & total.isfinite()
+        # What torch's fused optimisers look at in their kernels, as they do for a gradient scaler.
+        self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+        try:
+            self._apply(norm)
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.model.drop_observations_unless(taken)
+        self._remember()
+        diagnostics["grad_norm"] = [norm]
+        self.optimizer.zero_grad(set_to_none=True)
+        return diagnostics, taken
+
+    def _everyones_gradients(self, tokens: Tensor, context: WindowContext | None) -> tuple[Diagnostics, Tensor, Tensor]:
+        """Return diagnostics, loss and norm of the gradients of the whole batch, which the parameters then hold."""
+        diagnostics, total = self._gradients(tokens, context)
+        if self.workers is not None:
+            diagnostics, total = self._exchange(self.workers, diagnostics, total)
+        return diagnostics, total, gradient_norm(self.optimizer)
 
     def _apply(self, norm: Tensor) -> None:
         if self.config.optimizer.clip_norm:

@@ -128,6 +128,11 @@ class EngramMechanism(nn.Module):
         if self.observed is not None:
             self.observed.drop()
 
+    def drop_observations_unless(self, taken: Tensor) -> None:
+        """See :meth:`hrs.models.base.LanguageModel.drop_observations_unless`."""
+        if self.observed is not None:
+            self.observed.drop_unless(taken)
+
     def theirs(self, engrams: Tensor) -> Tensor:
         """The engrams [B, ...] that each row is to read: its own, or with ``from_others`` those of the row before."""
         return engrams.roll(1, dims=0) if self.from_others else engrams

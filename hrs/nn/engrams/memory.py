@@ -1,6 +1,7 @@
 """A memory of the training text as a whole: slots that training fills and every text reads by cross-attention."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,11 @@ class Observations(nn.Module):
         """Pending observations never were."""
         self.pending.zero_()
         self.n_pending.zero_()
+
+    def drop_unless(self, taken: Tensor) -> None:
+        """Drop pending observations if ``taken``, a boolean scalar, is False; does not wait for its value."""
+        self.pending.copy_(torch.where(taken, self.pending, 0.0))
+        self.n_pending.mul_(taken)
 
     def clear(self) -> None:
         """Kept observations are used up."""
@@ -129,6 +135,8 @@ class MemoryEngrams(EngramMechanism):
         self.register_buffer("filled", torch.tensor(False))
         self.register_buffer("last_update", torch.tensor(-1))
         self._update = 0
+        self._last_update: int | None = -1
+        """What ``last_update`` holds, so that nothing waits for a GPU to tell it; None if that is not known."""
 
     def start(self, positions: Tensor, cache: object, recalled: Tensor | None = None) -> EngramState:
         state = super().start(positions, cache, recalled)
@@ -148,15 +156,25 @@ class MemoryEngrams(EngramMechanism):
     def drop_observations(self) -> None:
         self.seen.drop()
 
+    def drop_observations_unless(self, taken: Tensor) -> None:
+        self.seen.drop_unless(taken)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._last_update = None
+
     @torch.no_grad()
     def keep_observations(self) -> None:
         self.seen.keep()
-        if self._update <= int(self.last_update):
+        if self._last_update is None or self.last_update.device.type == "cpu":
+            self._last_update = int(self.last_update)
+        if self._update <= self._last_update:
             return
         rows = self.seen.kept[: int(self.seen.n_kept)]
         if self._move_all(rows) if self.config.as_original else self._move_nearest(rows):
             self.seen.clear()
             self.last_update.fill_(self._update)
+            self._last_update = self._update
 
     def _move_all(self, rows: Tensor) -> bool:
         """Original: every slot takes in the mean of all that was seen. False if that was nothing."""

@@ -42,6 +42,11 @@ class ObservedLoss(nn.Module):
         self.pending.zero_()
         self.counts.zero_()
 
+    def drop_unless(self, taken: Tensor) -> None:
+        """Forget what was noted if ``taken``, a boolean scalar, is False; does not wait for its value."""
+        for noted in (self.pending, self.counts):
+            noted.copy_(torch.where(taken, noted, 0.0))
+
     def window_means(self, n_windows: int, window: int) -> Tensor:
         """Average over each of the first windows, [n_windows], without positions at which no loss was ever seen: the
         last of a training window has its target outside."""
