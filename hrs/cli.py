@@ -243,6 +243,9 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Let other machines use the endpoint without an API key.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default its preset.")] = None,
     slots: Annotated[int, typer.Option(help="Texts a replica continues at the same time.")] = 8,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait for a slot of a replica.")] = 64,
@@ -273,7 +276,7 @@ def serve(
         "api_key_file": api_key_file and str(api_key_file.absolute()),
         "grace_seconds": grace,
     }
-    serve_model(parse_settings(values), host, port)
+    serve_model(parse_settings(values), host, port, allow_anonymous=allow_anonymous)
 
 
 @app.command()

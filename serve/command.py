@@ -3,25 +3,21 @@
 import logging
 import math
 import os
-import shutil
 import signal
-import socket
-import tempfile
+import sys
 import threading
 from types import FrameType
 
+from hrs.cluster.private import start_private_ray
 from hrs.errors import HRSError
 from hrs.export.opening import open_model
 from hrs.gpu import gpu_count
 from hrs.storage import open_storage
-from serve.draining import drain
+from serve.address import host_and_port, require_address
 from serve.opening import print_warning, resolve
 from serve.settings import Settings, read_api_keys
 
-_OWN_RAY = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+_RAY_SERVE = {
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
     # Serve kills a proxy that does not start within 5 s, and a busy machine needs longer.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
@@ -30,7 +26,10 @@ _OWN_RAY = {
     # the engine's thread and the disk without blocking the loop that also answers Serve's health checks.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
-"""Environment of a Ray that is used by nobody else."""
+"""Defaults of Ray Serve in the private Ray."""
+
+_CLOSED = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+"""What would let replicas listen on all interfaces, past the proxy."""
 
 _CAUSAL = {
     True: "yes, its audit passed",
@@ -39,16 +38,20 @@ _CAUSAL = {
 }
 
 
-def serve_model(settings: Settings, host: str, port: int) -> None:
+def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bool = False) -> None:
     """Serve until a signal comes, then finish what runs, refuse what is new, and leave nothing behind.
 
+    Args:
+        allow_anonymous: let other machines use the endpoint without a key, if ``host`` is one that they reach.
+
     Raises:
-        HRSError: if the model cannot be opened, the port is taken, or the replicas do not come up.
+        HRSError: if the model cannot be opened, the address cannot be listened on or needs a key, or the replicas do
+            not come up.
     """
+    warning = require_address(host, port, keys=bool(read_api_keys(settings)), allow_anonymous=allow_anonymous)
     storage = open_storage(settings.storage)
     path = resolve(settings.model, storage)
     opened = open_model(path, storage.tokens)  # a mistake is told at once, and not from a replica's log
-    read_api_keys(settings)
     settings = settings.model_copy(
         update={
             "model": str(path),
@@ -59,6 +62,8 @@ def serve_model(settings: Settings, host: str, port: int) -> None:
     )
     causal = opened.causal
     del opened
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     _serve(settings, host, port, causal)
 
 
@@ -77,29 +82,25 @@ class _Signals:
 
 
 def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> None:
-    for name, value in _OWN_RAY.items():
+    for name, value in _RAY_SERVE.items():
         os.environ.setdefault(name, value)
-    import ray
-    from ray import serve as ray_serve
-    from ray.exceptions import RayError
-
-    from serve.app import build
-
-    _require_free(host, port)
+    os.environ.update(_CLOSED)
     more = f", up to {settings.max_replicas} with the load" if settings.max_replicas > settings.min_replicas else ""
-    print(f"starting:  {_count(settings.min_replicas)} of {settings.name}{more}, on {host}:{port}", flush=True)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    folder = tempfile.mkdtemp(prefix="hrs-", dir="/tmp")  # unix sockets allow a path of 107 bytes
+    where = host_and_port(host, port)
+    print(f"starting:  {_count(settings.min_replicas)} of {settings.name}{more}, on {where}", flush=True)
+    # Before anything imports Ray, which reads its variables then.
+    stop = start_private_ray(
+        num_cpus=math.ceil(settings.max_replicas * settings.cpus_per_replica) + 1,
+        object_store_memory=150 * 2**20,
+    )
     try:
-        ray.init(
-            address="local",
-            num_cpus=math.ceil(settings.max_replicas * settings.cpus_per_replica) + 1,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=150 * 2**20,
-            _temp_dir=folder,
-        )
+        from ray import serve as ray_serve
+        from ray.exceptions import RayError
+
+        from serve.app import build
+        from serve.draining import drain
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the import of Serve sets it to INFO
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         try:
             ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
@@ -110,29 +111,17 @@ def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> Non
         print(f"model:     {settings.name} ({settings.model})", flush=True)
         print_warning(causal)
         print(f"causal:    {_CAUSAL[causal]}", flush=True)
-        print(f"endpoint:  http://{host}:{port}/v1   (API description: http://{host}:{port}/docs)", flush=True)
+        print(f"endpoint:  http://{where}/v1   (API description: http://{where}/docs)", flush=True)
         print("stop:      Ctrl-C or SIGTERM finishes the running replies, a second one cuts them off", flush=True)
         signals.stop.wait()
         print("stopping:  new requests are refused, running replies are finished", flush=True)
         drain(replicas, settings.grace_seconds, signals.cut_off)
     finally:
-        # Serve's own shutdown would take the routes away before the socket, and answer 404 meanwhile.
-        if ray.is_initialized():
-            ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        stop()  # Serve's own shutdown would take the routes away before the socket, and answer 404 meanwhile
 
 
 def _count(n: int) -> str:
     return "1 replica" if n == 1 else f"{n} replicas"
-
-
-def _require_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise HRSError(f"{host}:{port} cannot be listened on ({error.strerror}): give another --port") from error
 
 
 def _last_line(error: Exception) -> str:

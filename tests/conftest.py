@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import shutil
-import tempfile
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -12,7 +10,6 @@ from types import ModuleType
 
 # Before any import of Ray, MLflow or torch: they read these once, and Ray's workers inherit them.
 os.environ.update(
-    RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
@@ -105,22 +102,13 @@ def pytest_fixture_setup(
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[ModuleType]:
     """A private Ray with four logical CPUs and two logical GPUs; give every ``ray.get`` a timeout."""
+    from hrs.cluster.private import start_private_ray
+
+    stop = start_private_ray(num_cpus=4, num_gpus=2, object_store_memory=150 * 2**20)
     import ray
 
-    folder = tempfile.mkdtemp(prefix="hrs-", dir="/tmp")  # unix sockets allow a path of 107 bytes
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=2,
-        include_dashboard=False,
-        object_store_memory=150 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=folder,
-    )
     yield ray
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 """A Ray head of one's own on this machine: started as a child, used for real job submission, gone without a trace.
 
 Every port and folder is its own, so it lives beside other clusters and never touches them: ``ray stop`` kills every
-Ray process of the machine by name, so nothing here calls it. Ray's servers listen on all interfaces, whatever
-``--node-ip-address`` says, so each head draws its own random token and lets in only who has it.
+Ray process of the machine by name, so nothing here calls it. Nobody else can use it: see :mod:`hrs.cluster.private`.
 """
 
 import asyncio
@@ -15,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from hrs.cluster.private import private_environment, private_folder, ray_folder
 from hrs.errors import HRSError
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ class LocalHead:
     def __init__(self, *, num_cpus: int | None = None, num_gpus: int | None = None) -> None:
         self._resources = {"--num-cpus": num_cpus, "--num-gpus": num_gpus}
         self._token = secrets.token_hex(32)
+        self._private = private_environment() | {"RAY_AUTH_TOKEN": self._token}
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     # ---- life --------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class LocalHead:
         self._port, dashboard, agent, client = _free_ports(4)
         self.dashboard_address = f"http://127.0.0.1:{dashboard}"
         self._agent_address = f"http://127.0.0.1:{agent}"
-        self._folder = Path(tempfile.mkdtemp(prefix="hrs-", dir="/tmp"))  # unix sockets allow a path of 107 bytes
+        self._folder = private_folder()
         options = {
             "--port": self._port,
             "--dashboard-port": dashboard,
@@ -73,7 +73,7 @@ class LocalHead:
             "--ray-client-server-port": client,
             "--min-worker-port": 0,  # any free port: the default range is shared with every other cluster here
             "--max-worker-port": 0,
-            "--temp-dir": self._folder,
+            "--temp-dir": ray_folder(self._folder),
             **self._resources,
         }
         flags = [f"{name}={value}" for name, value in options.items() if value is not None]
@@ -113,11 +113,9 @@ class LocalHead:
     @property
     def environment(self) -> dict[str, str]:
         """What another process (``ray status``, ``ray job submit``, ``ray.init()``) exports to reach this head."""
-        return {
+        return self._private | {
             "RAY_ADDRESS": f"127.0.0.1:{self._port}",
             "RAY_API_SERVER_ADDRESS": self.dashboard_address,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self._token,
         }
 
     def _head_environment(self) -> dict[str, str]:
@@ -127,15 +125,12 @@ class LocalHead:
             # A venv without .pyc files would be compiled anew by every worker if writing them is off.
             if not name.startswith(("RAY_ADDRESS", "RAY_API_SERVER", "RAY_AUTH", "RAY_JOB", "PYTHONDONTWRITE"))
         }
-        return inherited | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self._token,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        more = {
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
             # `python` in an entrypoint must be this Python, not the first one of the login shell.
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
         }
+        return inherited | self._private | more
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + START_SECONDS

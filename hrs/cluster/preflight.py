@@ -4,21 +4,17 @@ import atexit
 import contextlib
 import logging
 import os
-import secrets
-import shutil
 import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import hrs.storage
+from hrs.cluster.private import ROOT, start_private_ray
 from hrs.errors import HRSError
 from hrs.identity import code_version
 from hrs.storage import Storage
 
-ROOT = Path(hrs.storage.__file__).resolve().parent.parent
-"""The folder above the ``hrs`` that is imported: the repository, or its uploaded copy."""
 FREE_BYTES = 2**30
 """Least free space worth starting with; the plan adds what its own checkpoints need."""
 NODE_SECONDS = 120.0
@@ -52,7 +48,7 @@ def connect(storage: Storage | None = None) -> dict[str, float]:
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         pass
     elif "RAY_ADDRESS" not in os.environ:
-        _start_private_cluster()
+        atexit.register(start_private_ray())  # runs before Ray's own exit handler, registered when Ray was imported
     elif os.environ["RAY_ADDRESS"].startswith("http"):
         raise HRSError(
             f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, which is a dashboard: put that into RAY_API_SERVER_ADDRESS "
@@ -71,35 +67,11 @@ def connect(storage: Storage | None = None) -> dict[str, float]:
 # ---- connection ------------------------------------------------------------------------------------------------------
 
 
-def _start_private_cluster() -> None:
-    # Ray turns on token authentication by itself and would leave a token in the home folder, which changes how every
-    # later `ray start` behaves. A token in the environment has the same effect for this cluster and ends with it.
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    # Workers must import the code this process imports, wherever it was started from.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    folder = tempfile.mkdtemp(prefix="hrs-", dir="/tmp")  # unix sockets allow a path of 107 bytes
-
-    def remove() -> None:
-        import ray
-
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-    try:
-        _init(address="local", include_dashboard=False, _temp_dir=folder)
-    except BaseException:
-        remove()
-        raise
-    atexit.register(remove)  # runs before Ray's own exit handler, registered when Ray was imported
-
-
-def _init(**options: Any) -> None:
+def _init() -> None:
     import ray
 
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own, one cause each
         raise explain(error) from error
 

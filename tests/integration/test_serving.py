@@ -28,6 +28,7 @@ from hrs.training import load_model
 from hrs.training.checkpoint import config_as_json
 from hrs.training.checkpoint_writer import save_checkpoint
 from serve.settings import Settings
+from tests.strangers import listeners, require_closed, require_no_member
 
 pytestmark = pytest.mark.slow
 
@@ -434,6 +435,22 @@ def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, stora
     assert seconds < 30
     said = "".join(command.said + again.said)
     assert not re.search("INFO|raylet|Error|Traceback", said), said
+
+
+def test_only_the_endpoint_is_open(run_directory: Path, storage: Path, tmp_path: Path) -> None:
+    """Nobody else can use the Ray of the command: it would run code as the user."""
+    with Command(run_directory, storage, "--name", "tiny", "--host", "::1") as command:
+        root = psutil.Process(command.process.pid)
+        kinds = require_closed(root, tmp_path / "mark", own_ports={command.port})
+        assert kinds >= {"gcs_server", "raylet", "object manager", "worker", "agent", "replica", "http"}
+        require_no_member(root)
+        (address,) = {address for _, address, port in listeners(root) if port == command.port}
+        assert address == "::1"
+        asked = {"model": "tiny", "prompt": "The", "max_tokens": 3, "temperature": 0}
+        made = httpx.post(f"http://[::1]:{command.port}/v1/completions", json=asked, timeout=60).json()
+        assert made["usage"]["completion_tokens"] == 3
+        command.end(signal.SIGTERM)
+    assert f"endpoint:  http://[::1]:{command.port}/v1" in "".join(command.said)
 
 
 @pytest.mark.parametrize("impatient", [False, True], ids=["after the grace", "by a second signal"])
