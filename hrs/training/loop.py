@@ -322,6 +322,7 @@ class _Run:
     def close(self) -> None:
         """End the threads. A failure of the checkpoint in flight is logged, since the run ends for another reason."""
         self.batches.close()
+        del self.batches  # it refers to this run, whose model would live on in a warm worker
         try:
             self.writer.wait()
         except HRSError as error:
