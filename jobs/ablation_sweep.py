@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints, instead of minutes")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile models (default: on a GPU)")
     parser.add_argument(
         "--card-gib", type=float, help="with --dry-run: plan for cards of this size, not this machine's"
     )

@@ -48,7 +48,7 @@ def product_key_top_k(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tens
     n_at_a_time = max(1, limit // (n_heads * n_keys * query.element_size()))
     out = torch.empty(n_tokens, n_heads, 2, k, dtype=torch.int64, device=query.device)
     best = query.new_empty(n_tokens, n_heads, k)
-    left, right = (torch.tensor(places, device=query.device) for places in _possible_pairs(k))
+    left, right = _possible_pairs_on(k, query.device)
     for part, target, score in zip(*(x.split(n_at_a_time) for x in (query, out, best)), strict=True):
         values, indices = [], []
         for side in range(2):
@@ -115,6 +115,13 @@ def _best(scores: Tensor, k: int) -> Tensor:
     kept = columns.gather(-1, groups.unsqueeze(-2).expand(*columns.shape[:-1], k))  # [..., n / n_groups, k]
     chosen = _best(kept.flatten(-2), k)
     return torch.div(chosen, k, rounding_mode="floor") * n_groups + groups.gather(-1, chosen % k)
+
+
+@cache
+def _possible_pairs_on(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """:func:`_possible_pairs` on a device, copied once: a copy from the host waits for a GPU."""
+    left, right = (torch.tensor(places, device=device) for places in _possible_pairs(k))
+    return left, right
 
 
 @cache

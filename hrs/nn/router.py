@@ -92,12 +92,17 @@ def routing_losses(
     losses: dict[str, Tensor] = {}
     if config.hub_exponent > 0:
         ranked = shares.sort(dim=-1, descending=True).values  # [n_layers, n_tiers]
-        target = shares.new_tensor(zipf_shares(n_tiers, config.hub_exponent))
+        target = _filled(shares, zipf_shares(n_tiers, config.hub_exponent))
         losses["hub"] = config.balance_weight * (ranked - target).square().sum(dim=-1).mean()
     else:
         losses["balance"] = config.balance_weight * n_tiers * shares.square().sum(dim=-1).mean()
     losses["entropy"] = -config.entropy_weight * entropies.mean() / max(math.log(n_tiers), 1e-9)
     if config.flops_weight > 0:
-        costs = shares.new_tensor([RELATIVE_COST[name] for name in tier_names])
+        costs = _filled(shares, [RELATIVE_COST[name] for name in tier_names])
         losses["flops"] = config.flops_weight * (shares @ costs).mean()
     return losses
+
+
+def _filled(like: Tensor, values: Sequence[float]) -> Tensor:
+    """Return ``values`` [k] with the type and device of ``like``, made there: a copy from the host waits for a GPU."""
+    return torch.stack([like.new_full((), value) for value in values])

@@ -11,6 +11,10 @@ tau <- (sum of the scores above tau - 1) / (their number): it never passes the s
 step, and stands still exactly when the scores above tau are the support (Michelot 1986). Rows that stand still stay
 as they are, so no row depends on how long the others take. It is an operator of torch's library, because when to stop
 depends on data: so it works on fake tensors and in compiled graphs.
+
+To ask whether all rows stand still is to wait for a GPU at every step. There the scores are sorted instead: of the
+scores in descending order z_1, z_2, ... those with 1 + k z_k > z_1 + ... + z_k are the support. One step of Newton's
+method follows, so that a support which rounding in the running sum has made too large is corrected.
 """
 
 import math
@@ -46,17 +50,39 @@ def _sparsemax(scores: Tensor, allowed: Tensor | None) -> Tensor:
     largest = scores.amax(dim=-1, keepdim=True)
     largest.masked_fill_(largest == -math.inf, 0.0)  # nothing is allowed: infinity minus itself would be NaN
     below = (scores - largest).clamp_min_(-1.0)  # [..., n] in [-1, 0]; what is at -1 has no weight
-    threshold = torch.full_like(largest, -1.0)
+    threshold = _threshold_by_sorting(below) if below.is_cuda else _threshold_by_search(below)
+    return below.sub_(threshold).clamp_min_(0.0)
+
+
+def _threshold_by_search(below: Tensor) -> Tensor:
+    """Return the thresholds [..., 1] of scores [..., n] in [-1, 0]."""
+    threshold = torch.full_like(below[..., :1], -1.0)
     inside = torch.empty_like(below)
     while True:
-        torch.gt(below, threshold, out=inside)
-        count = inside.sum(dim=-1, keepdim=True)
-        total = inside.mul_(below).sum(dim=-1, keepdim=True)
-        following = torch.maximum(threshold, (total - 1) / count)  # -inf, hence no change, where nothing is allowed
+        following = _newton_step(below, threshold, inside)
         # Written so that NaN ends the search. It ends anyway: the same scores inside give the same bits.
         if not bool((following > threshold).any()):
-            return below.sub_(following).clamp_min_(0.0)
+            return following
         threshold = following
+
+
+def _threshold_by_sorting(below: Tensor) -> Tensor:
+    """Do as :func:`_threshold_by_search` does without looking at a value."""
+    ordered = below.sort(dim=-1, descending=True).values
+    sums = ordered.cumsum(dim=-1)
+    ranks = torch.arange(1, below.shape[-1] + 1, device=below.device, dtype=below.dtype)
+    n_inside = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True).clamp_min_(1)
+    threshold = (sums.gather(-1, n_inside - 1) - 1) / n_inside
+    # Where nothing is allowed all scores are -1, and no weight is wanted.
+    return _newton_step(below, threshold.clamp_min_(-1.0), torch.empty_like(below))
+
+
+def _newton_step(below: Tensor, threshold: Tensor, inside: Tensor) -> Tensor:
+    """Return the thresholds [..., 1] after one step; ``inside`` [..., n] is scratch space."""
+    torch.gt(below, threshold, out=inside)
+    count = inside.sum(dim=-1, keepdim=True)
+    total = inside.mul_(below).sum(dim=-1, keepdim=True)
+    return torch.maximum(threshold, (total - 1) / count)  # -inf, hence no change, where nothing is allowed
 
 
 @_sparsemax.register_fake

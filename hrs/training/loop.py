@@ -156,7 +156,8 @@ class _Run:
             training,
             self.device,
             self._micro_batch(state),
-            compiled=runtime.compile,
+            compiled=runtime.compiles(self.device, lazy_experts=training.optimizer.expert_updates == "lazy"),
+            compile_may_fail=runtime.compile is None,
             workers=workers,
         )
         self.writer = CheckpointWriter(

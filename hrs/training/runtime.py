@@ -1,12 +1,20 @@
 """How a run is executed: device, micro-batch, threads. Nothing here belongs to the run's identity."""
 
+import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from hrs.errors import HRSError
 from hrs.gpu import open_gpu
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +31,9 @@ class Runtime:
     """Most windows per forward pass: what a plan predicts to fit. An earlier session's smaller micro-batch is kept."""
     threads: int = 1
     """CPU threads of torch."""
-    compile: bool = False
-    """Compile the model with ``torch.compile``."""
+    compile: bool | None = None
+    """Compile the model with ``torch.compile``. None compiles on a GPU, if there is Triton and a C compiler and the
+    config allows it, and trains uncompiled after a warning if compiling fails."""
     activation_checkpointing: bool = False
     """Recompute every block in the backward pass: less memory, about a third more time."""
     checkpoint_minutes: float | None = None
@@ -60,6 +69,21 @@ class Runtime:
         if self.checkpoint_minutes is not None and self.checkpoint_every is not None:
             raise HRSError("checkpoints are written by minutes or by steps: set checkpoint_minutes or checkpoint_every")
 
+    def compiles(self, device: torch.device, *, lazy_experts: bool = False) -> bool:
+        """Return whether to compile a model on ``device``; the log says why one on a GPU is not.
+
+        Args:
+            lazy_experts: whether the optimiser needs sparse gradients, which a compiled model does not have.
+        """
+        if self.compile is not None:
+            return self.compile
+        if device.type != "cuda":
+            return False
+        missing = "lazily updated experts need sparse gradients" if lazy_experts else missing_compiler()
+        if missing:
+            _log.info("training uncompiled: %s", missing)
+        return missing is None
+
     def reserving(self, gpu_frac: float) -> "Runtime":
         """Return this runtime for work that reserved ``gpu_frac`` of a GPU from a scheduler.
 
@@ -81,6 +105,16 @@ class Runtime:
 
 
 DEFAULT_RUNTIME = Runtime()
+
+
+def missing_compiler() -> str | None:
+    """Return what ``torch.compile`` lacks here to make code for a GPU; None if nothing is known to be missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))):
+        return "there is no C compiler (cc, gcc or clang) on PATH"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if header.exists() else f"Python's header {header} is missing: install Python's development files"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

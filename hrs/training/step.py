@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from hrs.config import TrainingConfig
 from hrs.errors import HRSError
@@ -47,11 +48,12 @@ class Stepper:
         micro_batch: int,
         *,
         compiled: bool = False,
+        compile_may_fail: bool = False,
         workers: Workers | None = None,
         chunking: Chunking | None = None,
     ) -> None:
         """Raises HRSError if ``config.sharing`` names a group that the model does not have. ``chunking`` is that of the
-        loss; None takes the device's default."""
+        loss; None takes the device's default. With ``compile_may_fail`` a failure to compile is a warning."""
         self.model = model
         self.optimizer = optimizer
         self.config = config
@@ -61,9 +63,13 @@ class Stepper:
         self.chunking = chunking or chunking_for(device)
         self._parameters = list(model.parameters())
         self._unshared = unshared_parameters(model.parameter_groups(), config.sharing)
-        # The bound method, not the module: torch.compile(model) would prefix every name of the state_dict.
-        self._encode = torch.compile(model.encode) if compiled else model.encode
-        self._unembed = torch.compile(model.unembed) if compiled else model.unembed
+        self._compile_may_fail = compile_may_fail
+        self._encode, self._unembed = model.encode, model.unembed
+        if compiled:
+            # What other models of this process left behind counts against the limit of compilations of a function.
+            torch.compiler.reset()
+            # The bound method, not the module: torch.compile(model) would prefix every name of the state_dict.
+            self._encode, self._unembed = torch.compile(model.encode), torch.compile(model.unembed)
 
     def step(self, tokens: Tensor, context: WindowContext | None = None) -> Diagnostics | None:
         """Learn from windows [batch_sequences, T + 1] of token ids and their context. None if the step was skipped: its
@@ -140,15 +146,22 @@ class Stepper:
             self.workers.share_buffers(self.model)
 
     def _gradients(self, tokens: Tensor, context: WindowContext | None) -> tuple[Diagnostics, Tensor]:
-        """Accumulate the gradients of one step, with ever smaller micro-batches until they fit."""
+        """Accumulate the gradients of one step, with ever smaller micro-batches until they fit.
+
+        Where compiling may fail and does, the step is done again uncompiled, as are all that follow.
+        """
         rng = get_rng(self.device)
         while True:
             try:
                 return self.accumulate(tokens, context)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                uncompiled = self._compile_may_fail and isinstance(error, TorchDynamoException)
+                if not (uncompiled or is_out_of_memory(error)):
                     raise
-                failure = self._too_large("one window at a time is too much", error) if self.micro_batch == 1 else None
+                too_large = self.micro_batch == 1 and not uncompiled
+                failure = self._too_large("one window at a time is too much", error) if too_large else None
+                if uncompiled:
+                    _log.warning("torch.compile failed (%s): training uncompiled", str(error).strip().splitlines()[0])
             # Outside the except block: the exception's traceback keeps the activations alive.
             self.optimizer.zero_grad(set_to_none=True)
             self.model.drop_observations()
@@ -158,7 +171,10 @@ class Stepper:
             set_rng(rng, self.device)
             if failure:
                 raise failure
-            self._shrink()
+            if uncompiled:
+                self._encode, self._unembed, self._compile_may_fail = self.model.encode, self.model.unembed, False
+            else:
+                self._shrink()
 
     def _too_large(self, what: str, error: RuntimeError) -> HRSError:
         return HRSError(

@@ -10,7 +10,7 @@ from properties import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hrs.nn.sparsemax import Sparsemax
+from hrs.nn.sparsemax import Sparsemax, _threshold_by_search, _threshold_by_sorting
 
 sparsemax = Sparsemax()
 
@@ -199,3 +199,20 @@ def test_compiles_in_one_graph() -> None:
     gradients = [torch.autograd.grad(f(scores, allowed), scores, cotangent)[0] for f in (compiled, sparsemax)]
     assert torch.equal(compiled(scores, allowed), sparsemax(scores, allowed))
     assert torch.equal(*gradients)
+
+
+@examples(40)
+@given(st.integers(1, 40), st.integers(0, 2**31))
+def test_sorting_finds_the_threshold_that_the_search_finds(n: int, seed: int) -> None:
+    """What a GPU computes without waiting: ties, rows with one, some or nothing allowed (-1 throughout)."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(6, n, generator=generator, dtype=torch.float64) * 10.0 ** torch.arange(-2, 4)[:, None]
+    scores[0] = scores[0].round(decimals=2)
+    scores[1, 1:] = -math.inf
+    below = (scores - scores.amax(-1, keepdim=True)).clamp_min(-1.0)
+    below[2] = -1.0
+    by_search, found = _threshold_by_search(below), _threshold_by_sorting(below)
+    torch.testing.assert_close(found, by_search, atol=1e-12, rtol=0)
+    assert torch.equal(below[2] > found[2], torch.zeros(n, dtype=torch.bool))
+    rough = below.float()
+    torch.testing.assert_close(_threshold_by_sorting(rough), _threshold_by_search(rough), atol=1e-6, rtol=0)
