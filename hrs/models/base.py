@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hrs.nn.cache import SlotTable
+
 
 @dataclass(slots=True)
 class ModelOutput:
@@ -84,12 +86,53 @@ class SlotCache(Cache, ABC):
     Slots 0 .. n - 1 are in use, and each call of :meth:`LanguageModel.decode` adds one token [n, 1] to every one.
     """
 
-    lengths: list[int]
-    """Tokens in each slot in use."""
+    def __init__(self, table: SlotTable) -> None:
+        self.table = table
+        self._staged = False
+
+    def stage(self, positions: Tensor, end: int | None = None) -> None:
+        """Say where the tokens of the next call of :meth:`LanguageModel.decode` stand, for static shapes.
+
+        Args:
+            positions: [n, 1] int64 on the device: the lengths of the slots in use, and 0 for further rows, whose tokens
+                are computed and mean nothing.
+            end: positions that attention looks at, more than any length; None for as few as possible.
+        """
+        self.table.begin(positions, end=end)
+        self._staged = True
+
+    def begin(self, n_tokens: int, device: torch.device) -> Tensor:
+        """Start a step of ``n_tokens`` rows; returns their positions [n, 1].
+
+        Raises:
+            ValueError: if there are not as many sequences.
+        """
+        if not self._staged:
+            if n_tokens != len(self.lengths):
+                raise ValueError(
+                    f"there are {len(self.lengths)} slots in use, so the batch size must not be {n_tokens}"
+                )
+            self.table.begin(torch.tensor(self.lengths, device=device).unsqueeze(1))
+        self._staged = False
+        return self.table.positions
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each slot in use."""
+        return self.table.lengths
+
+    @property
+    @abstractmethod
+    def is_plain(self) -> bool:
+        """True if the next step does nothing but what nearly every step does: no window or chunk becomes complete."""
+
+    @abstractmethod
+    def snapshot(self) -> Callable[[], None]:
+        """Return a function that puts back what steps from now on change, apart from the lengths."""
 
     @abstractmethod
     def join(self, cache: Cache) -> None:
-        """Copy the one sequence of a cache of ``new_cache(1)`` that has read at least one token into slot n."""
+        """Copy the sequences of a cache of ``new_cache`` that has read at least one token into the next slots."""
 
     @abstractmethod
     def leave(self, slot: int) -> None:

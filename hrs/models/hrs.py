@@ -12,7 +12,8 @@ from hrs.config import ModelConfig
 from hrs.models.base import Cache, LanguageModel, ModelOutput, Unembedding, WindowContext
 from hrs.models.hrs_cache import HRSCache, HRSSlots
 from hrs.nn.attention import Attention
-from hrs.nn.block import Block, BlockStatistics
+from hrs.nn.block import Block, BlockCache, BlockStatistics
+from hrs.nn.cache import SlotTable
 from hrs.nn.cross_attention import CrossAttention
 from hrs.nn.engrams import EngramMechanism, build_engrams
 from hrs.nn.feedforward import FeedForward
@@ -76,8 +77,8 @@ class HRSModel(LanguageModel):
         self.objectives = AuxiliaryObjectives(config)
         self.n_categories = config.category.n_classes if config.category.enabled else 0
         self.test_time_memory = TestTimeMemory(config) if config.test_time_memory.enabled else None
-        # Other engrams, and the memory of the text, know of one length for the whole batch.
-        self.batches_ragged = engram.kind in ("none", "memory", "retrieved") and self.test_time_memory is None
+        # What runs the whole text for every token keeps nothing that rows of different lengths could share a step of.
+        self.batches_ragged = self.engram is None or not self.engram.decodes_by_rerunning
         self._initialise()
 
     @torch.no_grad()
@@ -129,7 +130,7 @@ class HRSModel(LanguageModel):
             recalled = self._recall(history)
         return HRSCache(
             batch_size,
-            [block.new_cache() for block in self.blocks],  # type: ignore[operator]
+            self._block_caches(),
             engram=None if self.engram is None else self.engram.new_cache(),
             recalled=recalled,
             memory=memory,
@@ -138,7 +139,21 @@ class HRSModel(LanguageModel):
     def new_slots(self, n: int) -> HRSSlots:
         if not self.batches_ragged:
             return super().new_slots(n)  # type: ignore[return-value]
-        return HRSSlots(0, [block.new_cache().slots(n) for block in self.blocks])  # type: ignore[operator]
+        table = SlotTable(n)
+        return HRSSlots(
+            table,
+            [cache.slots(table) for cache in self._block_caches()],
+            engram=None if self.engram is None else self.engram.new_slots(table),
+            test_time=None if self.test_time_memory is None else self.test_time_memory.new_slots(table),
+        )
+
+    def _block_caches(self) -> list[BlockCache]:
+        """An empty cache for each block; those that read engrams as keys have room for them."""
+        memory = None if self.engram is None else self.engram.memory_positions()
+        return [
+            block.new_cache(memory if self.engram is not None and index > self.engram.extract_after else None)  # type: ignore[operator]
+            for index, block in enumerate(self.blocks)
+        ]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache) -> ModelOutput:
@@ -147,10 +162,12 @@ class HRSModel(LanguageModel):
         With engrams that show the future every call runs the whole text so far: nothing can be kept of a model whose
         early states change with each later window. Its results then differ from :meth:`forward`, which saw more.
         """
-        if not isinstance(cache, HRSCache) or tokens.shape[0] != cache.batch_size:
-            raise ValueError(f"decode needs a cache from new_cache({tokens.shape[0]}), the batch size of these tokens")
         if self.training:
             raise ValueError("decode works in evaluation mode only: call model.eval() first")
+        if isinstance(cache, HRSSlots):
+            return self._step(tokens, cache)
+        if not isinstance(cache, HRSCache) or tokens.shape[0] != cache.batch_size:
+            raise ValueError(f"decode needs a cache from new_cache({tokens.shape[0]}), the batch size of these tokens")
         n_new = tokens.shape[1]
         if self.engram is not None and self.engram.decodes_by_rerunning:
             tokens = tokens if cache.tokens is None else torch.cat((cache.tokens, tokens), dim=1)
@@ -161,6 +178,16 @@ class HRSModel(LanguageModel):
             output = self._run(tokens, cache, cache.recalled, cache.memory)
         cache.advance(n_new)
         output.logits = self.unembed(output.hidden)
+        return output
+
+    def _step(self, tokens: Tensor, slots: HRSSlots) -> ModelOutput:
+        """One token [n, 1] for each slot."""
+        if max(slots.lengths, default=0) == self.max_seq_len:
+            raise ValueError(f"{self.max_seq_len + 1} tokens exceed max_seq_len {self.max_seq_len}")
+        output = self._run(tokens, slots, None, slots.memory)
+        slots.table.advance()
+        hidden = output.hidden.squeeze(1)
+        output.logits = self.unembed(hidden).unsqueeze(1)
         return output
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -186,13 +213,20 @@ class HRSModel(LanguageModel):
         return self.engram.recall(x.view(*history.shape, self.d_model), history >= 0)
 
     def _run(
-        self, tokens: Tensor, cache: HRSCache | None, recalled: Tensor | None, memory: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: HRSCache | HRSSlots | None,
+        recalled: Tensor | None,
+        memory: Tensor | None = None,
     ) -> ModelOutput:
         n = tokens.shape[1]
-        end = n if cache is None else cache.length + n
-        if end > self.max_seq_len:
-            raise ValueError(f"{end} tokens exceed max_seq_len {self.max_seq_len}")
-        positions = torch.arange(n, device=tokens.device) if cache is None else cache.positions(n, tokens.device)
+        if isinstance(cache, HRSSlots):
+            positions = cache.begin(len(tokens), tokens.device)
+        else:
+            start = 0 if cache is None else cache.length
+            if start + n > self.max_seq_len:
+                raise ValueError(f"{start + n} tokens exceed max_seq_len {self.max_seq_len}")
+            positions = torch.arange(start, start + n, device=tokens.device)
         x = self._embed(tokens, positions)
         engram = self.engram
         state = None
@@ -219,7 +253,7 @@ class HRSModel(LanguageModel):
         metrics = self._statistics(statistics, losses) if cache is None else {}
         hidden = self.norm(x)
         if self.test_time_memory is not None:
-            if cache is not None and cache.test_time is None:
+            if isinstance(cache, HRSCache) and cache.test_time is None:
                 cache.test_time = self.test_time_memory.new_cache(hidden)
             hidden = self.test_time_memory(hidden, self.embedding(tokens), None if cache is None else cache.test_time)
         return ModelOutput(hidden=hidden, losses=losses if self.training else {}, metrics=metrics)

@@ -1,6 +1,7 @@
 """What the HRS language model remembers while decoding: of a batch of equal lengths, and of slots of unequal ones."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrs.models.base import Cache, SlotCache
-from hrs.nn.block import BlockCache
-from hrs.nn.cache import KeyValueSlots, TailSlots
-from hrs.nn.test_time_memory import TestTimeCache
+from hrs.nn.block import BlockCache, BlockSlots
+from hrs.nn.cache import SlotTable, TailSlots
+from hrs.nn.engrams import WindowSlots
+from hrs.nn.test_time_memory import TestTimeCache, TestTimeSlots
 
 
 @dataclass
@@ -27,62 +29,90 @@ class HRSCache(Cache):
     tokens: Tensor | None = None
     """Token ids so far, kept only for engrams that must be made anew from the whole text."""
 
-    def positions(self, n: int, device: torch.device) -> Tensor:
-        """[n], of the next tokens."""
-        return torch.arange(self.length, self.length + n, device=device)
-
     def advance(self, n: int) -> None:
         """Note that ``n`` more tokens were decoded."""
         self.length += n
 
 
-@dataclass
-class HRSSlots(HRSCache, SlotCache):
-    """State of incremental decoding of sequences of unequal length. Its batch size is the number of slots in use."""
+class HRSSlots(SlotCache):
+    """State of incremental decoding of sequences of unequal length.
 
-    memories: list[Tensor | None] = field(default_factory=list)
-    """[S, d] for each slot in use, S may differ; None for no memory."""
-    lengths: list[int] = field(default_factory=list)
+    Args:
+        table: says how many there are.
+        blocks: of every block.
+        engram: of the engrams; None for engrams without a memory.
+        test_time: of the memory that learns the text; None without one.
+    """
 
-    def parts(self) -> list[KeyValueSlots | TailSlots]:
-        """All that remembers something, always in one order."""
-        return [part for block in self.blocks for part in block.parts()]  # type: ignore[misc]
+    recalled = None
+
+    def __init__(
+        self, table: SlotTable, blocks: list[BlockSlots], engram: Any = None, test_time: TestTimeSlots | None = None
+    ) -> None:
+        super().__init__(table)
+        self.blocks, self.engram, self.test_time = blocks, engram, test_time
+        self._memories: list[Tensor | None] = []
+
+    @property
+    def is_plain(self) -> bool:
+        pieces = [part.window for part in self._others() if isinstance(part, WindowSlots)]
+        pieces += [] if self.test_time is None else [self.test_time.chunk]
+        return not any(self.table.completing(size) for size in pieces)
+
+    def snapshot(self) -> Callable[[], None]:
+        # Writing keys and values again changes nothing.
+        parts = [part for block in self.blocks for part in block.parts() if isinstance(part, TailSlots)]
+        tensors = [tensor for part in (*parts, *self._others()) for tensor in part.tensors()]
+        kept = [tensor.clone() for tensor in tensors]
+
+        def restore() -> None:
+            for tensor, before in zip(tensors, kept, strict=True):
+                tensor.copy_(before)
+
+        return restore
+
+    def _others(self) -> list[Any]:
+        """What is remembered besides what the blocks do."""
+        return [part for part in (self.engram, self.test_time) if part is not None]
 
     def join(self, cache: Cache) -> None:
-        assert isinstance(cache, HRSCache) and cache.batch_size == 1
+        assert isinstance(cache, HRSCache)
+        slot, batch_size = len(self.lengths), cache.batch_size
+        parts = [part for block in self.blocks for part in block.parts()]
         theirs = [part for block in cache.blocks for part in block.parts()]
-        for own, other in zip(self.parts(), theirs, strict=True):
-            own.join(other)  # type: ignore[arg-type]
-        self.lengths.append(cache.length)
-        self.memories.append(None if cache.memory is None else cache.memory[0])
+        for own, other in zip(parts, theirs, strict=True):
+            own.join(other, slot)  # type: ignore[arg-type]
+        if self.engram is not None:
+            self.engram.join(cache.engram, slot)
+        if self.test_time is not None and cache.test_time is not None:
+            self.test_time.join(cache.test_time, slot)
+        self.table.join(batch_size, cache.length)
+        self._memories += [None] * batch_size if cache.memory is None else list(cache.memory)
         self._changed()
 
     def leave(self, slot: int) -> None:
-        for part in self.parts():
-            part.leave(slot)
-        length, memory = self.lengths.pop(), self.memories.pop()
-        if slot < len(self.lengths):
-            self.lengths[slot], self.memories[slot] = length, memory
+        last = len(self.lengths) - 1
+        if slot < last:
+            for block in self.blocks:
+                for part in block.parts():
+                    part.leave(slot, last)
+            for other in self._others():
+                other.leave(slot, last)
+        self.table.leave(slot)
+        memory = self._memories.pop()
+        if slot < last:
+            self._memories[slot] = memory
         self._changed()
 
     def set_memory(self, slot: int, memory: Tensor | None) -> None:
-        self.memories[slot] = memory
+        self._memories[slot] = memory
         self._changed()
 
-    def positions(self, n: int, device: torch.device) -> Tensor:
-        """[B, 1], of each slot's next token."""
-        return torch.tensor(self.lengths, device=device).unsqueeze(1)
-
-    def advance(self, n: int) -> None:
-        self.lengths = [length + n for length in self.lengths]
-        self.length += n
-
     def _changed(self) -> None:
-        self.batch_size, self.length = len(self.lengths), max(self.lengths, default=0)
-        given = [memory for memory in self.memories if memory is not None]
+        given = [memory for memory in self._memories if memory is not None]
         self.memory = None
         if given:
             most = max(len(memory) for memory in given)
-            rows = (given[0][:0] if memory is None else memory for memory in self.memories)
+            rows = (given[0][:0] if memory is None else memory for memory in self._memories)
             # Slots of zeros are absent.
             self.memory = torch.stack([F.pad(memory, (0, 0, 0, most - len(memory))) for memory in rows])  # [B, S, d]

@@ -1,15 +1,29 @@
 """Causal multi-head self-attention: any kernel, any positions, optional extra keys; one path to train and to decode."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
-from hrs.nn.cache import KeyValueCache, KeyValueSlots
-from hrs.nn.kernels import ProductKernel, attend_by_scores, build_kernel, coarse_and_rest
+from hrs.nn.cache import KeyValueCache, KeyValueSlots, SlotTable
+from hrs.nn.kernels import Dot, ProductKernel, attend_by_scores, build_kernel, coarse_and_rest
 
 _ALIGNMENT = 8
 """Widths that fused attention kernels take, in elements."""
+
+
+@dataclass(slots=True)
+class SlotMemory:
+    """Vectors that a step of slots adds as keys and values: M rows get E vectors each."""
+
+    vectors: Tensor
+    """[M, E, d]"""
+    rows: Tensor
+    """[M] int64, the slots that get them, at the positions of their present tokens."""
+    places: Tensor
+    """[M, E] int64, where in the slots' room for keys that are no tokens'."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -34,6 +48,19 @@ class RotaryEmbedding(nn.Module):
             cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # [B, 1, n, d_head / 2]
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def matrices(self, dtype: torch.dtype) -> Tensor:
+        """[n_positions, 3, d_head, d_head]: x @ m turns a query (0) and a key (1) and leaves a value (2) as it is.
+
+        One product then does what takes several passes over all three, which counts where each is a single token.
+        """
+        n, half = self.cos.shape
+        turned = self.cos.new_zeros(n, 2 * half, 2 * half)
+        turned.diagonal(dim1=1, dim2=2).copy_(self.cos.repeat(1, 2))
+        turned[:, :half, half:].diagonal(dim1=1, dim2=2).copy_(self.sin)
+        turned[:, half:, :half].diagonal(dim1=1, dim2=2).copy_(-self.sin)
+        unturned = torch.eye(2 * half, dtype=turned.dtype, device=turned.device).expand_as(turned)
+        return torch.stack((turned, turned, unturned), dim=1).to(dtype)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
@@ -77,9 +104,9 @@ class Attention(nn.Module):
         self.scale = self.kernel.scale if isinstance(self.kernel, ProductKernel) else 1.0
         self.dropout = nn.Dropout(config.dropout)
 
-    def new_cache(self) -> KeyValueCache:
-        """An empty cache for as many keys as there can be."""
-        return KeyValueCache(self.n_keys)
+    def new_cache(self, memory_positions: Tensor | None = None) -> KeyValueCache:
+        """Return an empty cache for as many keys as there can be; ``memory_positions``: see :class:`KeyValueCache`."""
+        return KeyValueCache(self.n_keys, memory_positions)
 
     def forward(
         self,
@@ -94,8 +121,8 @@ class Attention(nn.Module):
 
         Args:
             x: normalised tokens [B, n, d].
-            positions: their positions [n], consecutive; with slots for a cache [B, 1], each row's own.
-            cache: keys and values of earlier tokens; those of ``x`` and ``memory`` are added. Slots take no memory.
+            positions: their positions [n], consecutive.
+            cache: keys and values of earlier tokens; those of ``x`` and ``memory`` are added.
             memory: normalised vectors [B, E, d] that become keys and values but ask nothing themselves.
             memory_positions: the position [E] of each, for rotation, distance and visibility alike.
             query_scale: factor [B, H, n] of each query's scores, before ALiBi: an inverse temperature.
@@ -115,27 +142,100 @@ class Attention(nn.Module):
         if self.fused:
             q, k, v = self._features(q, k, v, key_positions, query_scale)
         if cache is not None:
-            k, v, key_positions = cache.append(k, v, key_positions)
+            n_memory = 0 if memory_positions is None else len(memory_positions)
+            k, v, key_positions = cache.append(k, v, key_positions, n_memory)
         dropout = self.dropout.p if self.training else 0.0
         if self.fused:
             visible = None
             is_causal = k.shape[2] == q.shape[2]  # the tokens themselves are the only keys
-            if isinstance(cache, KeyValueSlots):
-                is_causal, visible = False, cache.visible(positions)
-            elif not is_causal and (cache is None or q.shape[2] > 1):  # a single newest token sees the whole cache
+            if not is_causal and (cache is None or q.shape[2] > 1):  # a single newest token sees the whole cache
                 visible = positions[:, None] >= key_positions[None, :]  # [n, S]
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=dropout, scale=self.scale
             )[..., : self.d_head]
         else:
-            distance = positions[..., None] - key_positions  # [n, S], or [B, 1, S]
-            if distance.ndim > 2:
-                distance = distance.unsqueeze(1)  # [B, 1, 1, S]: the same for all heads
+            distance = positions[:, None] - key_positions  # [n, S]
             bias = -self.slopes[:, None, None] * distance if self.alibi else None
             attended = attend_by_scores(
                 self.kernel, q, k, v, distance >= 0, bias=bias, query_scale=query_scale, dropout=dropout
             )
         return self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+
+    # ---- decoding: one token for each slot -----------------------------------------------------------------------
+
+    def step(
+        self, x: Tensor, slots: KeyValueSlots, memory: "SlotMemory | None" = None, query_scale: Tensor | None = None
+    ) -> Tensor:
+        """Attend from one new token of each slot to all keys that it sees.
+
+        Args:
+            x: normalised tokens [n, 1, d] at the positions of the slots' table.
+            slots: keys and values of earlier tokens; those of ``x`` and ``memory`` are added.
+            memory: normalised vectors that become keys and values of some slots.
+            query_scale: factor [n, H, 1] of each query's scores.
+
+        Returns:
+            [n, 1, d], before the output projection.
+        """
+        table = slots.table
+        parts = F.linear(x, self.qkv.weight).view(len(x), 3, self.n_heads, self.d_head)
+        if self.rotary is not None:
+            turns = self._turns(table, parts.dtype)
+            parts = torch.bmm(parts.flatten(0, 1), turns.flatten(0, 1)).view_as(parts)
+        if memory is not None:
+            self._write_memory(memory, slots)
+        q, pairs = parts[:, 0].unsqueeze(2), parts[:, 1:]  # [n, H, 1, d_head], [n, 2, H, d_head]
+        if not self.plain or query_scale is not None:
+            q, pairs = self._step_features(q, pairs, table.positions, query_scale)
+        slots.write(pairs)
+        k, v = slots.filled()
+        if self.fused:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask(q.dtype), scale=self.scale)
+            return attended[..., : self.d_head].flatten(1).unsqueeze(1)
+        bias = None
+        if self.alibi:
+            distance = table.positions - slots.positions()  # [n, S]
+            bias = -self.slopes[:, None, None] * distance[:, None, None]
+        attended = attend_by_scores(self.kernel, q, k, v, slots.visible(), bias=bias, query_scale=query_scale)
+        return attended.flatten(1).unsqueeze(1)
+
+    @property
+    def plain(self) -> bool:
+        """True if keys and queries are their own features."""
+        return self.fused and isinstance(self.kernel, Dot) and not self.alibi
+
+    def _turns(self, table: SlotTable, dtype: torch.dtype) -> Tensor:
+        """[n, 3, d_head, d_head], what turns query, key and value of each row of a step."""
+        rotary = self.rotary
+        assert rotary is not None
+        key = ("turns", rotary.cos.shape, dtype)  # the same in all layers
+        every = table.constant(key, lambda: rotary.matrices(dtype))
+        return table.in_step(key, lambda: every.index_select(0, table.places))
+
+    def _step_features(
+        self, q: Tensor, pairs: Tensor, positions: Tensor, query_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of queries [n, H, 1, F] and of keys and values [n, 2, H, F]; unchanged for kernels without."""
+        if not self.fused:
+            return q, pairs
+        k, v = pairs.unsqueeze(3).unbind(1)
+        q, k, v = self._features(q, k, v, positions, query_scale)
+        return q, torch.stack((k, v), dim=1).squeeze(3)
+
+    def _write_memory(self, memory: "SlotMemory", slots: KeyValueSlots) -> None:
+        """Add the keys and values of vectors that are no tokens, at the positions of their slots' present tokens."""
+        m, n_vectors = memory.vectors.shape[:2]
+        weight = self.qkv.weight[self.qkv.in_features :]
+        pairs = F.linear(memory.vectors, weight).view(m, n_vectors, 2, self.n_heads, self.d_head)
+        if self.rotary is not None:
+            turns = self._turns(slots.table, pairs.dtype)[memory.rows, 1:]  # [m, 2, d_head, d_head]
+            pairs = torch.einsum("mepha,mpab->mephb", pairs, turns)
+        pairs = pairs.flatten(0, 1)  # [m E, 2, H, d_head]
+        if not self.plain:
+            positions = slots.table.positions[memory.rows].repeat_interleave(n_vectors, dim=0)  # [m E, 1]
+            _, pairs = self._step_features(pairs[:, :1].transpose(1, 2), pairs, positions, None)
+        rows = memory.rows.repeat_interleave(n_vectors)
+        slots.write_memory(pairs, rows, memory.places.flatten())
 
     def _features(
         self, q: Tensor, k: Tensor, v: Tensor, key_positions: Tensor, query_scale: Tensor | None

@@ -1,20 +1,21 @@
 """One pre-norm transformer block: attention or a convolution, then one or more feed-forward branches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.attention import Attention
-from hrs.nn.cache import CachePart, KeyValueCache, TailCache
+from hrs.nn.cache import CachePart, KeyValueCache, KeyValueSlots, SlotPart, SlotTable, TailCache, TailSlots
 from hrs.nn.conv_mixer import ConvMixer
 from hrs.nn.cross_attention import CrossAttention
 from hrs.nn.engrams import BlockInputs
 from hrs.nn.engrams.synapse import Synapse
 from hrs.nn.feedforward import FeedForward
 from hrs.nn.peer import Peer
-from hrs.nn.tiers import RoutedTiers, TiersCache
+from hrs.nn.tiers import RoutedTiers, TiersCache, TiersSlots
 
 
 @dataclass(slots=True)
@@ -30,13 +31,27 @@ class BlockCache:
         own: list[CachePart] = [part for part in (self.attention, self.conv) if part is not None]
         return own if self.tiers is None else own + self.tiers.parts()
 
-    def slots(self, n: int) -> "BlockCache":
-        """The same for ``n`` sequences of unequal length."""
-        return BlockCache(
-            attention=None if self.attention is None else self.attention.slots(n),
-            conv=None if self.conv is None else self.conv.slots(n),
-            tiers=None if self.tiers is None else self.tiers.slots(n),
+    def slots(self, table: SlotTable) -> "BlockSlots":
+        """The same for sequences of unequal length."""
+        return BlockSlots(
+            attention=None if self.attention is None else self.attention.slots(table),
+            conv=None if self.conv is None else self.conv.slots(table),
+            tiers=None if self.tiers is None else self.tiers.slots(table),
         )
+
+
+@dataclass(slots=True)
+class BlockSlots:
+    """What one block remembers of sequences of unequal length."""
+
+    attention: KeyValueSlots | None
+    conv: TailSlots | None
+    tiers: TiersSlots | None
+
+    def parts(self) -> list[SlotPart]:
+        """All of it that remembers something, in the order of :meth:`BlockCache.parts`."""
+        own: list[SlotPart] = [part for part in (self.attention, self.conv) if part is not None]
+        return own if self.tiers is None else own + self.tiers.parts()
 
 
 @dataclass(slots=True)
@@ -89,19 +104,30 @@ class Block(nn.Module):
         reads = engram.kind == "prefix" or index > engram.extraction_block(config.n_layers)
         return Synapse(config.d_model, config.n_heads, engram.synapse_hidden) if engram.synapse and reads else None
 
-    def new_cache(self) -> BlockCache:
+    def new_cache(self, memory_positions: Tensor | None = None) -> BlockCache:
+        """Return an empty cache; ``memory_positions`` [E]: from where on vectors that are no tokens are visible."""
         return BlockCache(
-            attention=None if self.attention is None else self.attention.new_cache(),
+            attention=None if self.attention is None else self.attention.new_cache(memory_positions),
             conv=None if self.conv is None else self.conv.new_cache(),
             tiers=None if self.tiers is None else self.tiers.new_cache(),
         )
 
     def forward(
-        self, x: Tensor, positions: Tensor, inputs: BlockInputs | None = None, cache: BlockCache | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        inputs: BlockInputs | None = None,
+        cache: BlockCache | BlockSlots | None = None,
     ) -> tuple[Tensor, BlockStatistics]:
-        """The residual stream [B, n, d] at ``positions`` [n] or [B, n] after this block, and what it tells."""
+        """The residual stream [B, n, d] at ``positions`` [n] after this block, and what it tells.
+
+        With slots for a cache n is 1, and positions [B, 1] differ between rows.
+        """
         inputs = inputs or BlockInputs()
-        x = x + self._mix(x, positions, inputs, cache)
+        if isinstance(cache, BlockSlots):
+            x = self._mix_step(x, inputs, cache)
+        else:
+            x = x + self._mix(x, positions, inputs, cache)
         if self.cross is not None and inputs.slots is not None:
             x = x + self.cross(x, inputs.slots)
         statistics = BlockStatistics()
@@ -116,6 +142,8 @@ class Block(nn.Module):
                 memory = None if cache is None else cache.tiers
                 x, statistics.routing, usage = self.tiers(x, normalised, positions, memory)
                 statistics.expert_usage = usage if statistics.expert_usage is None else statistics.expert_usage
+            elif self.mlp is not None and isinstance(cache, BlockSlots):
+                x = add_product(x, F.gelu(F.linear(normalised, self.mlp.hidden.weight)), self.mlp.output)
             elif self.mlp is not None:
                 x = x + self.mlp(normalised)
         return x, statistics
@@ -135,3 +163,29 @@ class Block(nn.Module):
             query_scale = self.synapse(inputs.synapse_means)[:, inputs.synapse_index].mT  # [B, H, n]
         attention_cache = None if cache is None else cache.attention
         return self.attention(normalised, positions, attention_cache, memory, inputs.memory_positions, query_scale)
+
+    def _mix_step(self, x: Tensor, inputs: BlockInputs, slots: BlockSlots) -> Tensor:
+        """The residual stream [n, 1, d] after the mixing of tokens, of one new token for each slot."""
+        normalised = self.attention_norm(x)
+        if self.conv is not None:
+            return x + self.conv(normalised, slots.conv)
+        assert self.attention is not None and slots.attention is not None
+        memory, query_scale = inputs.slot_memory, None
+        if memory is not None:
+            vectors = self.attention_norm(memory.vectors)
+            if inputs.memory_gate is not None:
+                vectors = vectors * inputs.memory_gate.unsqueeze(-1)
+            memory = replace(memory, vectors=vectors)
+        if self.synapse is not None and inputs.synapse_means is not None and inputs.synapse_index is not None:
+            factors = self.synapse(inputs.synapse_means)  # [n, 2, H]
+            query_scale = factors.take_along_dim(inputs.synapse_index[:, :, None], dim=1).mT  # [n, H, 1]
+        return add_product(
+            x, self.attention.step(normalised, slots.attention, memory, query_scale), self.attention.output
+        )
+
+
+def add_product(residual: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
+    """``residual`` [n, 1, d] + ``linear`` (without a bias) of x [n, 1, k], in one kernel where no type changes."""
+    if torch.is_autocast_enabled(residual.device.type):
+        return residual + F.linear(x, linear.weight)  # the sum itself would run in half precision
+    return torch.addmm(residual.squeeze(1), x.squeeze(1), linear.weight.t()).unsqueeze(1)

@@ -1,27 +1,123 @@
 """State of incremental decoding, one small object per kind of memory a layer has.
 
 Each kind exists twice: for a batch of sequences of equal length, and, as slots, for sequences of unequal length that
-all get one token at a time. A sequence begins in the first kind, with a batch of one, and then joins the slots. Slots
-0 .. n - 1 are in use, without holes: when a sequence leaves, the last one moves into its slot.
+all get one token at a time. Sequences begin in the first kind and then join the slots. Slots 0 .. n - 1 are in use,
+without holes: when a sequence leaves, the last one moves into its slot. One :class:`SlotTable`, shared by all parts of
+a model's slots, says how many there are and how long each sequence is.
 """
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class SlotTable:
+    """The sequences in the slots of a model, and the decoding step that they make together.
+
+    A step has static shapes if it is given ``n_rows`` and ``end``: rows beyond the slots in use are computed and
+    thrown away, and keys beyond a sequence's length are masked. Nothing in a step waits for the device.
+
+    Args:
+        n_slots: sequences there is room for.
+    """
+
+    def __init__(self, n_slots: int) -> None:
+        self.n_slots = n_slots
+        self.lengths: list[int] = []
+        """Tokens read by the sequence in each slot in use, on the host."""
+        self.positions = torch.empty(0)
+        """[n, 1] int64, of the present step's tokens."""
+        self.end = 0
+        """Positions below it are attended to in the present step."""
+        self.equal = True
+        """True if all rows of the present step are at position ``end - 1``."""
+        self._constants: dict[Hashable, object] = {}
+        self._of_step: dict[Hashable, object] = {}
+
+    def begin(self, positions: Tensor, *, end: int | None = None) -> None:
+        """Start a step whose tokens stand at ``positions`` [n, 1], on the device.
+
+        Args:
+            end: number of positions to attend to; None for those up to the longest sequence's new token.
+        """
+        self.positions = positions
+        longest = max(self.lengths) + 1
+        self.end = longest if end is None else end
+        self.equal = self.end == longest == min(self.lengths) + 1 and len(positions) == len(self.lengths)
+        self._of_step.clear()
+
+    def advance(self) -> None:
+        """Note that every sequence has read one more token."""
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def join(self, n: int, length: int) -> None:
+        """Put ``n`` sequences of ``length`` tokens into the next slots."""
+        self.lengths += [length] * n
+
+    def leave(self, slot: int) -> None:
+        """Empty a slot; the last one in use moves into it."""
+        last = self.lengths.pop()
+        if slot < len(self.lengths):
+            self.lengths[slot] = last
+
+    @property
+    def places(self) -> Tensor:
+        """[n], :attr:`positions` without the dimension of tokens."""
+        return self.positions.squeeze(1)
+
+    @property
+    def rows(self) -> Tensor:
+        """[n], 0 to n - 1."""
+        every = self.constant("rows", lambda: torch.arange(self.n_slots, device=self.positions.device))
+        return every[: len(self.positions)]
+
+    def completing(self, size: int) -> list[int]:
+        """Slots in use whose present token is the last one of a piece of ``size`` tokens."""
+        return [slot for slot, length in enumerate(self.lengths) if (length + 1) % size == 0]
+
+    def in_step(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` returned in this step for ``key``: computed once, used by every layer."""
+        if key not in self._of_step:
+            self._of_step[key] = make()
+        return self._of_step[key]  # type: ignore[return-value]
+
+    def constant(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` returned for ``key``, the same in all steps and for every layer."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]  # type: ignore[return-value]
 
 
 class KeyValueCache:
     """Keys and values of one attention layer with the position each of them is visible from.
 
     Storage for ``capacity`` keys is allocated with the first ones, so a decoding step copies only what is new.
+
+    Args:
+        capacity: keys there is room for.
+        memory_positions: [E], the position from which each key that is not a token's is visible, in the order in which
+            they are added; only needed by :meth:`slots`.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, memory_positions: Tensor | None = None) -> None:
         self.capacity = capacity
+        self.memory_positions = memory_positions
         self.length = 0
         self._keys = self._values = self._positions = torch.empty(0)
+        self._memories: list[tuple[int, int]] = []
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add keys and values [B, H, n, d_head] at ``positions`` [n]; returns all so far, [B, H, S, d_head] and [S]."""
+    def append(
+        self, keys: Tensor, values: Tensor, positions: Tensor, n_memory: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add keys and values [B, H, n, d_head] at ``positions`` [n], of which the first ``n_memory`` are no tokens'.
+
+        Returns:
+            All keys and values so far, [B, H, S, d_head], and their positions [S].
+        """
         if self.length == 0:
             batch, heads, _, width = keys.shape
             self._keys = keys.new_empty(batch, heads, self.capacity, width)
@@ -31,6 +127,8 @@ class KeyValueCache:
         self._keys[:, :, start : self.length] = keys
         self._values[:, :, start : self.length] = values
         self._positions[start : self.length] = positions
+        if n_memory:
+            self._memories.append((start, start + n_memory))
         return self.filled()
 
     def filled(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,69 +136,110 @@ class KeyValueCache:
         end = self.length
         return self._keys[:, :, :end], self._values[:, :, :end], self._positions[:end]
 
-    def slots(self, n: int) -> "KeyValueSlots":
-        """Room for ``n`` such caches of unequal length."""
-        return KeyValueSlots(n, self.capacity)
+    def pieces(self) -> list[tuple[bool, int, int]]:
+        """Runs of keys in order: whether they are tokens', the first one, and the one after the last."""
+        runs, at = [], 0
+        for start, stop in self._memories:
+            runs += [(True, at, start), (False, start, stop)]
+            at = stop
+        return [run for run in [*runs, (True, at, self.length)] if run[1] < run[2]]
+
+    def slots(self, table: SlotTable) -> "KeyValueSlots":
+        """Room for such caches of unequal length."""
+        return KeyValueSlots(table, self.capacity, self.memory_positions)
 
 
-class KeyValueSlots(KeyValueCache):
+class KeyValueSlots:
     """Keys and values of one attention layer, a slot for each sequence.
 
-    The key of position p stands at place p of its slot. What another sequence left there is beyond the position that
-    the present one has reached, so no query sees it.
+    Of E places in front for keys that are no tokens', the next one takes the next such key; the key of position p
+    stands at place E + p. What another sequence left at a place is masked until the present one writes there.
+
+    Args:
+        table: the sequences.
+        capacity: keys there is room for in a slot.
+        memory_positions: [E], see :class:`KeyValueCache`.
     """
 
-    def __init__(self, n_slots: int, capacity: int) -> None:
-        super().__init__(capacity)
-        self.n_slots = n_slots
-        self.lengths: list[int] = []
-        """Keys in each slot in use."""
-        self._slots = torch.empty(0)
+    def __init__(self, table: SlotTable, capacity: int, memory_positions: Tensor | None = None) -> None:
+        self.table = table
+        self.n_memory = 0 if memory_positions is None else len(memory_positions)
+        self._capacity = capacity
+        self._memory_positions = memory_positions
+        self._store = torch.empty(0)  # [2, n_slots, H, capacity, d_head], keys and values
 
-    def join(self, cache: KeyValueCache) -> None:
-        """Copy the one sequence of a cache that holds tokens alone into the next slot."""
+    def join(self, cache: KeyValueCache, slot: int) -> None:
+        """Copy the sequences of a cache into ``slot`` and those after it."""
         keys, values, _ = cache.filled()
-        if self._keys.numel() == 0:
+        if self._store.numel() == 0:
             _, heads, _, width = keys.shape
+            self._store = keys.new_empty(2, self.table.n_slots, heads, self._capacity, width)
             # Zeros: what no query sees has the weight 0, but 0 times something that is no number is none either.
-            self._keys = keys.new_zeros(self.n_slots, heads, self.capacity, width)
-            self._values = torch.zeros_like(self._keys)
-            self._slots = torch.arange(self.n_slots, device=keys.device)
-            self._positions = torch.arange(self.capacity, device=keys.device)
-        slot, length = len(self.lengths), cache.length
-        for store, new in ((self._keys, keys), (self._values, values)):
-            store[slot, :, :length] = new[0]
-            store[slot, :, length:] = 0
-        self.lengths.append(length)
+            self._store.zero_()
+        store, places = self._store[:, slot : slot + len(keys)], [self.n_memory, 0]
+        store.zero_()
+        for is_token, start, stop in cache.pieces():
+            place = places[not is_token]
+            places[not is_token] = place + stop - start
+            for own, new in zip(store, (keys, values), strict=True):
+                own[:, :, place : place + stop - start] = new[:, :, start:stop]
 
-    def leave(self, slot: int) -> None:
-        """Empty a slot; the last one in use moves into it."""
-        length = self.lengths.pop()
-        if slot < len(self.lengths):
-            for store in (self._keys, self._values):
-                store[slot] = store[len(self.lengths)]
-            self.lengths[slot] = length
+    def leave(self, slot: int, last: int) -> None:
+        """Move what is in slot ``last`` into ``slot``."""
+        self._store[:, slot] = self._store[:, last]
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add one key and value [B, H, 1, d_head] at ``positions`` [B, 1] to each slot in use.
+    def write(self, pairs: Tensor) -> None:
+        """Set key and value [n, 2, H, d_head] of each row's present token."""
+        table, n = self.table, self.n_memory
+        places = table.in_step(("places", n), lambda: table.places + n) if n else table.places
+        self._store[:, table.rows, :, places] = pairs
 
-        Returns:
-            The keys and values of these slots [B, H, S, d_head] up to the longest one's last, and positions [S].
-        """
-        n = len(self.lengths)
-        slots, places = self._slots[:n], positions.squeeze(1)
-        self._keys[slots, :, places] = keys.squeeze(2)
-        self._values[slots, :, places] = values.squeeze(2)
-        self.lengths = [length + 1 for length in self.lengths]
-        end = max(self.lengths)
-        return self._keys[:n, :, :end], self._values[:n, :, :end], self._positions[:end]
+    def write_memory(self, pairs: Tensor, rows: Tensor, places: Tensor) -> None:
+        """Set keys and values [M, 2, H, d_head] that are no tokens' at ``places`` [M] of ``rows`` [M]."""
+        self._store[:, rows, :, places] = pairs
 
-    def visible(self, positions: Tensor) -> Tensor | None:
-        """Which keys queries at ``positions`` [B, 1] see, [B, 1, 1, S]; None if that is all of them."""
-        end = max(self.lengths)
-        if min(self.lengths) == end:
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, H, S, d_head] up to the end of the present step."""
+        store = self._store[:, : len(self.table.positions), :, : self.n_memory + self.table.end]
+        return store[0], store[1]
+
+    def positions(self) -> Tensor:
+        """[S], the position from which each key of :meth:`filled` is visible."""
+        return self._visible_from()[: self.n_memory + self.table.end]
+
+    def visible(self) -> Tensor:
+        """[n, 1, 1, S] bool, the keys that each row's query sees."""
+        return self.table.in_step(
+            ("visible", self.n_memory), lambda: (self.table.positions >= self.positions())[:, None, None]
+        )
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """[n, 1, 1, S], 0 for keys that each row's query sees and -inf for others; None if it sees all of them."""
+        table = self.table
+        if table.equal and self.n_memory == 0:
             return None
-        return (positions >= self._positions[:end])[:, None, None]
+
+        def of_all_positions() -> Tensor:
+            every = self._visible_from()  # [capacity]
+            hidden = every[self.n_memory :].unsqueeze(1) < every
+            return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
+
+        def of_this_step() -> Tensor:
+            rows = table.constant(("masks", self._capacity, self.n_memory, dtype), of_all_positions)
+            return rows.index_select(0, table.places)[:, None, None, : self.n_memory + table.end]
+
+        return table.in_step(("mask", self.n_memory, dtype), of_this_step)
+
+    def _visible_from(self) -> Tensor:
+        """[capacity], the first position that sees each place."""
+
+        def make() -> Tensor:
+            tokens = torch.arange(self._capacity - self.n_memory, device=self._store.device)
+            if self._memory_positions is None:
+                return tokens
+            return torch.cat((self._memory_positions.to(tokens.device), tokens))
+
+        return self.table.constant(("visible from", self._capacity, self.n_memory), make)
 
 
 class TailCache:
@@ -120,44 +259,91 @@ class TailCache:
         """The remembered rows [B, m, d]; None if there never was one."""
         return self._rows
 
-    def slots(self, n: int) -> "TailSlots":
-        """Room for ``n`` such caches of unequal length."""
-        return TailSlots(n, self.length)
+    def slots(self, table: SlotTable) -> "TailSlots":
+        """Room for such caches of unequal length."""
+        return TailSlots(table, self.length)
 
 
 class TailSlots(TailCache):
     """The last ``length`` rows of every sequence, with zeros in front of those that have fewer."""
 
-    def __init__(self, n_slots: int, length: int) -> None:
+    def __init__(self, table: SlotTable, length: int) -> None:
         super().__init__(length)
-        self.n_slots = n_slots
-        self.n = 0
-        """Slots in use."""
+        self.table = table
 
-    def join(self, cache: TailCache) -> None:
-        """Copy the one sequence of a cache into the next slot."""
-        slot, self.n = self.n, self.n + 1
+    def join(self, cache: TailCache, slot: int) -> None:
+        """Copy the sequences of a cache into ``slot`` and those after it."""
         rows = cache.filled()
         if rows is None:
             return  # the layer has no use for it
         if self._rows is None:
-            self._rows = rows.new_zeros(self.n_slots, self.length, rows.shape[2])
-        missing = self.length - rows.shape[1]
-        self._rows[slot, :missing] = 0
-        self._rows[slot, missing:] = rows[0]
+            self._rows = rows.new_zeros(self.table.n_slots, self.length, rows.shape[2])
+        missing, own = self.length - rows.shape[1], self._rows[slot : slot + len(rows)]
+        own[:, :missing] = 0
+        own[:, missing:] = rows
 
-    def leave(self, slot: int) -> None:
-        """Empty a slot; the last one in use moves into it."""
-        self.n -= 1
-        if slot < self.n and self._rows is not None:
-            self._rows[slot] = self._rows[self.n]
+    def leave(self, slot: int, last: int) -> None:
+        """Move what is in slot ``last`` into ``slot``."""
+        if self._rows is not None:
+            self._rows[slot] = self._rows[last]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step changes."""
+        return [] if self._rows is None else [self._rows]
 
     def extend(self, rows: Tensor) -> Tensor:
-        """One row [B, 1, d] for each slot in use, with the remembered ones in front, [B, length + 1, d]."""
+        """One row [n, 1, d] for each row of the step, with the remembered ones in front, [n, length + 1, d]."""
         assert self._rows is not None
-        joined = torch.cat((self._rows[: self.n], rows), dim=1)
-        self._rows[: self.n] = joined[:, 1:]
+        own = self._rows[: len(rows)]
+        joined = torch.cat((own, rows), dim=1)
+        own.copy_(joined[:, 1:])
         return joined
 
 
+class SlotTensor:
+    """One tensor for each slot, allocated with the first sequence that joins.
+
+    Args:
+        table: the sequences.
+        length: size of the first dimension of each tensor: shorter ones are followed by zeros. None for any size.
+    """
+
+    def __init__(self, table: SlotTable, length: int | None = None) -> None:
+        self._table = table
+        self._length = length
+        self._store = torch.empty(0)
+
+    def join(self, tensors: Tensor, slot: int) -> None:
+        """Copy tensors [B, ...], or [B, m, ...] with m <= length, into ``slot`` and those after it."""
+        shape = list(tensors.shape[1:])
+        if self._length is not None:
+            shape[0] = self._length
+        if self._store.numel() == 0:
+            self._store = tensors.new_zeros(self._table.n_slots, *shape)
+        own = self._store[slot : slot + len(tensors)]
+        if self._length is None:
+            own.copy_(tensors)
+        else:
+            own.zero_()
+            own[:, : tensors.shape[1]] = tensors
+
+    def leave(self, slot: int, last: int) -> None:
+        """Move what is in slot ``last`` into ``slot``."""
+        self._store[slot] = self._store[last]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step changes."""
+        return [self._store]
+
+    @property
+    def rows(self) -> Tensor:
+        """[n, ...], those of the rows of the present step; may be changed in place."""
+        return self._store[: len(self._table.positions)]
+
+    def set_at(self, places: Tensor, values: Tensor) -> None:
+        """Set element ``places`` [n] of each row's tensor to its value [n, ...]."""
+        self._store[self._table.rows, places] = values
+
+
 CachePart = KeyValueCache | TailCache
+SlotPart = KeyValueSlots | TailSlots

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
+from hrs.nn.cache import SlotTable, SlotTensor
 
 _INITIAL_MIX = (0.88, 0.12)
 _EPS = 1e-6
@@ -28,6 +29,47 @@ class TestTimeCache:
     """[B, p, d], and what stood behind them."""
     open_gates: Tensor
     """[B, p, 2], and their gates before the sigmoid."""
+
+
+class TestTimeSlots:
+    """:class:`TestTimeCache` of sequences of unequal length.
+
+    Args:
+        table: the sequences.
+        chunk: tokens of a chunk.
+    """
+
+    __test__ = False
+
+    def __init__(self, table: SlotTable, chunk: int) -> None:
+        self.table = table
+        self.chunk = chunk
+        self.memory = SlotTensor(table)
+        self.previous = SlotTensor(table)
+        self.keys = SlotTensor(table, chunk)
+        self.values = SlotTensor(table, chunk)
+        self.gates = SlotTensor(table, chunk)
+
+    def join(self, cache: TestTimeCache, slot: int) -> None:
+        """Copy the sequences of a cache into ``slot`` and those after it."""
+        self.memory.join(cache.memory, slot)
+        self.previous.join(cache.previous, slot)
+        for own, tensor in (
+            (self.keys, cache.open_keys),
+            (self.values, cache.open_values),
+            (self.gates, cache.open_gates),
+        ):
+            own.join(tensor, slot)
+
+    def leave(self, slot: int, last: int) -> None:
+        """Move what is in slot ``last`` into ``slot``."""
+        for own in (self.memory, self.previous, self.keys, self.values, self.gates):
+            own.leave(slot, last)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step changes."""
+        every = (self.memory, self.previous, self.keys, self.values, self.gates)
+        return [tensor for own in every for tensor in own.tensors()]
 
 
 class TestTimeMemory(nn.Module):
@@ -101,7 +143,11 @@ class TestTimeMemory(nn.Module):
             open_gates=exact.new_zeros(batch, 0, 2),
         )
 
-    def forward(self, hidden: Tensor, embedded: Tensor, cache: TestTimeCache | None = None) -> Tensor:
+    def new_slots(self, table: SlotTable) -> TestTimeSlots:
+        """Room for sequences of unequal length."""
+        return TestTimeSlots(table, self.chunk)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, cache: TestTimeCache | TestTimeSlots | None = None) -> Tensor:
         """What :meth:`unembed` needs: the hidden state, m, and the logarithms of the two weights, [B, n, 2 d + 2].
 
         Args:
@@ -109,15 +155,11 @@ class TestTimeMemory(nn.Module):
             embedded: embeddings [B, n, d] of the tokens at the same positions.
             cache: continues the text that it has seen, and is updated; None for a text from its start.
         """
+        if isinstance(cache, TestTimeSlots):
+            return self._step(hidden, embedded, cache)
         state = self.new_cache(hidden) if cache is None else cache
-        exact = state.memory.dtype
         behind = torch.cat((state.previous, hidden[:, :-1]), dim=1)
-        # The first token has no state before it: a key of zero, which writes nothing.
-        keys = F.normalize(self.key(behind).to(exact), dim=-1)  # [B, n, k]
-        queries = F.normalize(self.query(hidden).to(exact), dim=-1)
-        values = embedded.to(exact)
-        values = values * (values.square().mean(dim=-1, keepdim=True) + _EPS).rsqrt()  # [B, n, d]
-        gates = self.gates(behind).to(exact)  # [B, n, 2]
+        keys, queries, values, gates = self._pairs(hidden, behind, embedded)
         read, done, n = [], 0, hidden.shape[1]
         with torch.autocast(hidden.device.type, enabled=False):
             while done < n:
@@ -134,21 +176,52 @@ class TestTimeMemory(nn.Module):
         state.previous = hidden[:, -1:]
         return self._mix(hidden, torch.cat(read, dim=1))
 
+    def _pairs(self, hidden: Tensor, behind: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys [B, n, k], queries [B, n, k], values [B, n, d] and gates [B, n, 2] of hidden states [B, n, d], those
+        ``behind`` them by one token, and embeddings."""
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        # The first token has no state before it: a key of zero, which writes nothing.
+        keys = F.normalize(self.key(behind).to(exact), dim=-1)
+        queries = F.normalize(self.query(hidden).to(exact), dim=-1)
+        values = embedded.to(exact)
+        values = values * (values.square().mean(dim=-1, keepdim=True) + _EPS).rsqrt()
+        return keys, queries, values, self.gates(behind).to(exact)
+
+    def _step(self, hidden: Tensor, embedded: Tensor, slots: TestTimeSlots) -> Tensor:
+        """:meth:`forward` of one token of each slot, [n, 1, d]."""
+        table = slots.table
+        keys, queries, values, gates = self._pairs(hidden, slots.previous.rows, embedded)
+        places = table.places % self.chunk
+        with torch.autocast(hidden.device.type, enabled=False):
+            read = queries @ slots.memory.rows
+            for own, new in ((slots.keys, keys), (slots.values, values), (slots.gates, gates)):
+                own.set_at(places, new.squeeze(1))
+            if complete := table.completing(self.chunk):
+                rows = table.rows[complete] if len(complete) < len(hidden) else table.rows
+                memory, *chunk = (own.rows[rows] for own in (slots.memory, slots.keys, slots.values, slots.gates))
+                slots.memory.rows[rows] = self._learned(memory, *chunk)
+        slots.previous.rows.copy_(hidden)
+        return self._mix(hidden, read)
+
     def _learn(self, state: TestTimeCache) -> None:
-        """Write the open chunk, which is complete, into the memory, and open the next.
+        """Write the open chunk, which is complete, into the memory, and open the next."""
+        keys, values, gates = state.open_keys, state.open_values, state.open_gates
+        state.memory = self._learned(state.memory, keys, values, gates)
+        state.open_keys, state.open_values, state.open_gates = keys[:, :0], values[:, :0], gates[:, :0]
+
+    def _learned(self, memory: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+        """The memory [B, k, d] after a chunk of keys [B, C, k], values [B, C, d] and gates [B, C, 2].
 
         With error e_t = v_t - S_{t-1}^T k_t and u_t = b_t e_t, S_t = S_0 + sum_{i <= t} k_i u_i^T, so that
         u_t + b_t sum_{i < t} (k_t . k_i) u_i = b_t (v_t - S_0^T k_t): a triangular system for all u at once.
         """
-        keys, values = state.open_keys, state.open_values  # [B, C, k], [B, C, d]
-        memory = state.memory * state.open_gates[..., 1].mean(dim=1).sigmoid()[:, None, None]
+        memory = memory * gates[..., 1].mean(dim=1).sigmoid()[:, None, None]
         error = values - keys @ memory  # [B, C, d]
         surprise = error.square().mean(dim=-1)  # [B, C]
-        step = (state.open_gates[..., 0] + self.surprise * surprise).sigmoid().unsqueeze(-1)  # [B, C, 1]
+        step = (gates[..., 0] + self.surprise * surprise).sigmoid().unsqueeze(-1)  # [B, C, 1]
         overlap = step * (keys @ keys.mT)  # [B, C, C]; the solver takes its diagonal for 1 and ignores what is above
         written = torch.linalg.solve_triangular(overlap, step * error, upper=False, unitriangular=True)
-        state.memory = memory + keys.mT @ written
-        state.open_keys, state.open_values, state.open_gates = keys[:, :0], values[:, :0], state.open_gates[:, :0]
+        return memory + keys.mT @ written
 
     def _mix(self, hidden: Tensor, read: Tensor) -> Tensor:
         # The 1e-6 keeps the root's slope finite where nothing was read.

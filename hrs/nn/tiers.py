@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.attention import Attention
-from hrs.nn.cache import CachePart, TailCache
+from hrs.nn.cache import CachePart, KeyValueSlots, SlotPart, SlotTable, TailCache, TailSlots
 from hrs.nn.conv_mixer import CausalConv
 from hrs.nn.peer import Peer
 from hrs.nn.router import Router
@@ -99,10 +99,22 @@ class TiersCache:
         """All of it that remembers something, always in one order."""
         return [self.router, *(part for part in self.tiers.values() if part is not None)]
 
-    def slots(self, n: int) -> "TiersCache":
-        """The same for ``n`` sequences of unequal length."""
-        tiers = {name: None if part is None else part.slots(n) for name, part in self.tiers.items()}
-        return TiersCache(self.router.slots(n), tiers)
+    def slots(self, table: SlotTable) -> "TiersSlots":
+        """The same for sequences of unequal length."""
+        tiers = {name: None if part is None else part.slots(table) for name, part in self.tiers.items()}
+        return TiersSlots(self.router.slots(table), tiers)
+
+
+@dataclass(slots=True)
+class TiersSlots:
+    """What the router and those tiers that look back remember of sequences of unequal length."""
+
+    router: TailSlots
+    tiers: dict[str, Any]
+
+    def parts(self) -> list[SlotPart]:
+        """All of it that remembers something, in the order of :meth:`TiersCache.parts`."""
+        return [self.router, *(part for part in self.tiers.values() if part is not None)]
 
 
 def sparsify(x: Tensor, density: float) -> Tensor:
@@ -142,7 +154,7 @@ class RoutedTiers(nn.Module):
         return TiersCache(self.router.new_cache(), caches)
 
     def forward(
-        self, residual: Tensor, x: Tensor, positions: Tensor, cache: TiersCache | None = None
+        self, residual: Tensor, x: Tensor, positions: Tensor, cache: TiersCache | TiersSlots | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Update the residual stream [B, n, d] from its normalised copy ``x``.
 
@@ -156,10 +168,13 @@ class RoutedTiers(nn.Module):
             x = sparsify(x, self.input_density)
         mixed, usage = torch.zeros_like(residual), None
         for weight, (name, tier) in zip(weights, self.tiers.items(), strict=True):
+            memory = None if cache is None else cache.tiers[name]
             if isinstance(tier, Peer):
                 output, usage = tier(x)
+            elif isinstance(tier, Attention) and isinstance(memory, KeyValueSlots):
+                output = tier.output(tier.step(x, memory))
             else:
-                output = tier(x, positions, None if cache is None else cache.tiers[name])
+                output = tier(x, positions, memory)
             mixed = mixed + weight * output
         residual = residual + self.output_gate * mixed
         if self.sink_index is not None:

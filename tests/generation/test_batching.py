@@ -195,7 +195,7 @@ def test_one_call_decodes_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_cannot_runs_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = micro("v5_replace")
+    model = micro("full_hrs_legacy")
     shapes = calls(model, monkeypatch)
     batch = ContinuousBatch(model)
     for n in (3, 5):

@@ -19,7 +19,7 @@ from hrs.presets import experiment
 
 CONTEXT, VOCABULARY, KEEP = 16, 300, 6
 PRESETS = ("dense_baseline", "dual_head_router", "dense_recurrence")
-"""Two models that read all requests in one pass, and one that runs for each and is told what stands before a window."""
+"""Models that read all requests in one pass; the last one is told what stands before a window."""
 LOGITS = st.lists(st.integers(-6, 6).map(lambda n: n / 4) | st.just(-math.inf), min_size=7, max_size=7)
 REQUESTS = (
     (3, Sampling(max_new_tokens=18, seed=1), 5),

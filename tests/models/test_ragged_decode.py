@@ -8,7 +8,8 @@ from distinct_models import DISTINCT
 from torch import Tensor
 
 from hrs.models import Cache, LanguageModel, build_model
-from hrs.presets import experiment
+from hrs.models.hrs import HRSModel
+from hrs.presets import PRESETS, experiment
 
 VOCABULARY, CONTEXT = 300, 32
 SMALL = {
@@ -81,14 +82,30 @@ def test_routing_consistency_reaches_as_far_back_as_each_row_does() -> None:
     check(micro("dual_head_router", torch.float64, model__router__trc_window=8), 1e-10)
 
 
-def test_most_presets_without_engrams_batch_and_no_other_pretends_to() -> None:
+def test_every_hrs_model_batches_but_those_that_run_the_whole_text_for_each_token() -> None:
     for name in DISTINCT:
-        model, config = micro(name, torch.float32), experiment(name, "micro").model
-        simple = config.engram.kind in ("none", "memory", "retrieved") and not config.test_time_memory.enabled
-        assert model.batches_ragged == (config.family == "hrs" and simple)
-        if not model.batches_ragged:
+        model = micro(name, torch.float32)
+        reruns = not isinstance(model, HRSModel) or (model.engram is not None and model.engram.decodes_by_rerunning)
+        assert model.batches_ragged == (not reruns)
+        if reruns:
+            assert PRESETS[name].leaks or not isinstance(model, HRSModel)
             with pytest.raises(NotImplementedError, match="equal length"):
                 model.new_slots(2)
+
+
+@pytest.mark.parametrize("preset", ["dense_recurrence", "full_hrs"])
+def test_a_batch_joins_with_all_its_rows(preset: str) -> None:
+    """With the history in front of the window where the model reads one; the window ends while it decodes."""
+    model = micro(preset, torch.float64)
+    tokens = torch.tensor([text(15), text(15)[::-1]])
+    n = model.history_tokens
+    history = torch.tensor([text(n), [-1] * n]) if n else None
+    cache, slots = model.new_cache(2, history), model.new_slots(3)
+    model.decode(tokens[:, :5], cache)
+    slots.join(cache)
+    for t in range(5, 15):
+        together = model.decode(tokens[:, t : t + 1], slots).logits
+        torch.testing.assert_close(together, model.decode(tokens[:, t : t + 1], cache).logits, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -1,7 +1,7 @@
 """Engrams: a few vectors that summarise text for the blocks above, in every construction the presets know."""
 
 from hrs.config import ModelConfig
-from hrs.nn.engrams.base import BlockInputs, EngramMechanism, EngramState
+from hrs.nn.engrams.base import BlockInputs, EngramMechanism, EngramState, WindowSlots
 from hrs.nn.engrams.memory import MemoryEngrams
 from hrs.nn.engrams.recurrence import RecurrenceEngrams
 from hrs.nn.engrams.replace import ReplaceEngrams
@@ -25,4 +25,4 @@ def build_engrams(config: ModelConfig) -> EngramMechanism | None:
     return None if config.engram.kind == "none" else _KINDS[config.engram.kind](config)
 
 
-__all__ = ["BlockInputs", "EngramMechanism", "EngramState", "build_engrams"]
+__all__ = ["BlockInputs", "EngramMechanism", "EngramState", "WindowSlots", "build_engrams"]

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
+from hrs.nn.attention import SlotMemory
+from hrs.nn.cache import SlotTable, SlotTensor
 from hrs.nn.engrams.observed_loss import ObservedLoss
 
 
@@ -34,7 +36,9 @@ class BlockInputs:
     synapse_means: Tensor | None = None
     """[B, m, d], means of engrams that set the temperature of heads; row 0 is no engram at all, for no change."""
     synapse_index: Tensor | None = None
-    """[n], which of them each token reads."""
+    """[n], which of them each token reads; in a step of slots [n, 1], for one token of each row."""
+    slot_memory: SlotMemory | None = None
+    """What ``memory`` is for all rows alike, for some rows of a step of slots; ``memory_gate`` [M, E] belongs to it."""
 
 
 @dataclass(slots=True)
@@ -42,7 +46,7 @@ class EngramState:
     """One pass of a mechanism."""
 
     positions: Tensor
-    """[n], of the pass's tokens."""
+    """[n], of the pass's tokens; [B, 1] in a step of slots."""
     cache: Any = None
     """What :meth:`EngramMechanism.new_cache` gave; None in a pass over a whole window."""
     recalled: Tensor | None = None
@@ -82,6 +86,14 @@ class EngramMechanism(nn.Module):
 
     def new_cache(self) -> Any:
         """Memory of incremental decoding."""
+        return None
+
+    def new_slots(self, table: SlotTable) -> Any:
+        """Memory of incremental decoding of sequences of unequal length; has ``join`` and ``leave`` if not None."""
+        return None
+
+    def memory_positions(self) -> Tensor | None:
+        """[E], from where on each vector that blocks get as :attr:`BlockInputs.memory` is visible, in their order."""
         return None
 
     def recall(self, hidden: Tensor, known: Tensor) -> Tensor | None:
@@ -174,6 +186,51 @@ class WindowCache:
         complete, self.pending = hidden.split((m * window, hidden.shape[1] - m * window), dim=1)
         self.n_windows += m
         return complete.unflatten(1, (m, window)), before
+
+
+class WindowSlots:
+    """:class:`WindowCache` of sequences of unequal length.
+
+    Args:
+        table: the sequences.
+        window: tokens of a window.
+    """
+
+    def __init__(self, table: SlotTable, window: int) -> None:
+        self.table = table
+        self.window = window
+        self.pending = SlotTensor(table, window)
+
+    def join(self, cache: WindowCache, slot: int) -> None:
+        """Copy the sequences of a cache into ``slot`` and those after it."""
+        assert cache.pending is not None
+        self.pending.join(cache.pending, slot)
+
+    def leave(self, slot: int, last: int) -> None:
+        """Move what is in slot ``last`` into ``slot``."""
+        self.pending.leave(slot, last)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step changes."""
+        return self.pending.tensors()
+
+    @property
+    def places(self) -> Tensor:
+        """[n], the place of each row's present token in its window."""
+        return self.table.in_step(("place in window", self.window), lambda: self.table.places % self.window)
+
+    def complete(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Add the present tokens' hidden states [n, 1, d].
+
+        Returns:
+            The windows [M, window, d] that they complete and the rows [M] these belong to; None if there are none.
+        """
+        self.pending.set_at(self.places, hidden.squeeze(1))
+        complete = self.table.completing(self.window)
+        if not complete:
+            return None
+        rows = self.table.rows[complete] if len(complete) < len(hidden) else self.table.rows
+        return self.pending.rows[rows], rows
 
 
 def reconstruction_loss(means: Tensor, engrams: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.errors import HRSError
-from hrs.nn.engrams.base import EngramState, WindowCache
+from hrs.nn.cache import SlotTable
+from hrs.nn.engrams.base import EngramState, WindowCache, WindowSlots
 from hrs.nn.engrams.window import WindowEngrams
 
 
@@ -42,6 +43,7 @@ class RecurrenceEngrams(WindowEngrams):
         if engram.as_original:
             raise HRSError("engram.as_original has no meaning for engram.kind=recurrence, which is new: leave it out")
         self.history_tokens = engram.history_windows * engram.window
+        self.n_history = engram.history_windows * engram.per_window
         self.age_embedding = nn.Parameter(torch.empty(engram.history_windows, config.d_model))
 
     def initialise(self) -> None:
@@ -50,6 +52,9 @@ class RecurrenceEngrams(WindowEngrams):
 
     def new_cache(self) -> RecurrenceCache:
         return RecurrenceCache()
+
+    def new_slots(self, table: SlotTable) -> WindowSlots:
+        return WindowSlots(table, self.config.window)  # the blocks keep the history already
 
     def recall(self, hidden: Tensor, known: Tensor) -> Tensor:
         """Engrams of the history, with a gate: [B, H K, d + 1], the last column 1 where the window was known, else 0.
@@ -68,6 +73,8 @@ class RecurrenceEngrams(WindowEngrams):
 
     def leave(self, index: int, x: Tensor, state: EngramState) -> Tensor:
         x = super().leave(index, x, state)
+        if isinstance(state.cache, WindowSlots):
+            return x
         if index == self.extract_after and (state.cache is None or not state.cache.has_history):
             self._add_history(x, state)
             if state.cache is not None:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
-from hrs.nn.engrams.base import BlockInputs, EngramEncoder, EngramMechanism, EngramState, WindowCache
+from hrs.nn.cache import SlotTable, SlotTensor
+from hrs.nn.engrams.base import BlockInputs, EngramEncoder, EngramMechanism, EngramState, WindowCache, WindowSlots
 from hrs.nn.engrams.observed_loss import ObservedLoss
 from hrs.nn.engrams.remember_gate import gate_entropy
 
@@ -47,6 +48,29 @@ class ReplaceCache(WindowCache):
         return vectors, gates
 
 
+class ReplaceSlots(WindowSlots):
+    """:class:`ReplaceCache` of sequences of unequal length."""
+
+    def __init__(self, table: SlotTable, window: int) -> None:
+        super().__init__(table, window)
+        self.vectors = SlotTensor(table, window)
+        self.gates = SlotTensor(table)
+
+    def join(self, cache: WindowCache, slot: int) -> None:
+        super().join(cache, slot)
+        assert isinstance(cache, ReplaceCache) and cache.vectors is not None and cache.gates is not None
+        self.vectors.join(cache.vectors.squeeze(1), slot)
+        self.gates.join(cache.gates, slot)
+
+    def leave(self, slot: int, last: int) -> None:
+        super().leave(slot, last)
+        self.vectors.leave(slot, last)
+        self.gates.leave(slot, last)
+
+    def tensors(self) -> list[Tensor]:
+        return super().tensors() + self.vectors.tensors() + self.gates.tensors()
+
+
 class ReplaceEngrams(EngramMechanism):
     """``replace``: before every block after ``extract_after``, x <- g u + (1 - g) x with u the engrams of one window
     made as long as a window again, and g a gate for the whole window.
@@ -80,6 +104,9 @@ class ReplaceEngrams(EngramMechanism):
     def new_cache(self) -> ReplaceCache:
         return ReplaceCache()
 
+    def new_slots(self, table: SlotTable) -> ReplaceSlots:
+        return ReplaceSlots(table, self.config.window)
+
     def enter(self, index: int, x: Tensor, state: EngramState) -> tuple[Tensor, Tensor, BlockInputs]:
         if index > self.extract_after:
             vectors, gates = state.carried  # [B, n, d], [B or 1, n, 1]
@@ -92,6 +119,9 @@ class ReplaceEngrams(EngramMechanism):
         return x
 
     def _extract(self, hidden: Tensor, state: EngramState) -> None:
+        if isinstance(state.cache, ReplaceSlots):
+            self._extract_step(hidden, state.cache, state)
+            return
         cache = state.cache if state.cache is not None else ReplaceCache()
         n_open = 0 if cache.pending is None else cache.pending.shape[1]
         windows, _ = cache.complete(hidden, self.config.window)
@@ -118,6 +148,19 @@ class ReplaceEngrams(EngramMechanism):
         if (missing := n_open + n - vectors.shape[1]) > 0:  # an unfinished window, left as it is
             vectors, gates = F.pad(vectors, (0, 0, 0, missing)), F.pad(gates, (0, 0, 0, missing))
         state.carried = vectors[:, n_open : n_open + n], gates[:, n_open : n_open + n]
+
+    def _extract_step(self, hidden: Tensor, slots: ReplaceSlots, state: EngramState) -> None:
+        """Take in one token of each slot, hidden states [n, 1, d]: it reads the window before the one that it is in."""
+        vectors = slots.vectors.rows[slots.table.rows, slots.places].unsqueeze(1)  # [n, 1, d]
+        state.carried = vectors, slots.gates.rows.clone().unsqueeze(-1)  # [n, 1, 1]
+        windows = slots.complete(hidden)
+        if windows is None:
+            return
+        means, rows = windows[0].mean(dim=1, keepdim=True), windows[1]  # [M, 1, d]
+        engrams = self.encoder(means)  # [M, 1, K, d]
+        distances = 1 - F.cosine_similarity(means, engrams.mean(dim=2), dim=-1)  # [M, 1]
+        slots.gates.rows[rows] = self._decide(distances)[0].sigmoid()
+        slots.vectors.rows[rows] = self.upsampler(engrams).squeeze(1) + self.type_embedding
 
     def _decide(self, distances: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of the gates [B or 1, m] for reconstruction distances [B, m]; and whether they are closed anyway."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.errors import HRSError
+from hrs.nn.cache import SlotTable, SlotTensor
 from hrs.nn.engrams.base import BlockInputs, EngramEncoder, EngramMechanism, EngramState, reconstruction_loss
 
 
@@ -13,6 +14,26 @@ class RunningCache:
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
+
+
+class RunningSlots:
+    """:class:`RunningCache` of sequences of unequal length."""
+
+    def __init__(self, table: SlotTable) -> None:
+        self.totals = SlotTensor(table)
+
+    def join(self, cache: RunningCache, slot: int) -> None:
+        """Copy the sequences of a cache into ``slot`` and those after it."""
+        assert cache.total is not None
+        self.totals.join(cache.total, slot)
+
+    def leave(self, slot: int, last: int) -> None:
+        """Move what is in slot ``last`` into ``slot``."""
+        self.totals.leave(slot, last)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step changes."""
+        return self.totals.tensors()
 
 
 class RunningEngrams(EngramMechanism):
@@ -38,6 +59,9 @@ class RunningEngrams(EngramMechanism):
     def new_cache(self) -> RunningCache:
         return RunningCache()
 
+    def new_slots(self, table: SlotTable) -> RunningSlots:
+        return RunningSlots(table)
+
     def enter(self, index: int, x: Tensor, state: EngramState) -> tuple[Tensor, Tensor, BlockInputs]:
         if index > self.extract_after:
             x = x + self.gates[index - self.extract_after - 1] * state.carried
@@ -62,7 +86,11 @@ class RunningEngrams(EngramMechanism):
     @staticmethod
     def _running_means(hidden: Tensor, state: EngramState) -> Tensor:
         """Mean of the states [B, n, d] at each token and all before it."""
-        sums = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).cumsum(dim=1)
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if isinstance(state.cache, RunningSlots):
+            sums = state.cache.totals.rows.add_(wide.squeeze(1)).unsqueeze(1)  # [n, 1, d]
+            return (sums / (state.positions + 1).unsqueeze(-1)).to(hidden.dtype)
+        sums = wide.cumsum(dim=1)
         if state.cache is not None:
             if state.cache.total is not None:
                 sums = sums + state.cache.total.unsqueeze(1)

@@ -6,12 +6,15 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.errors import HRSError
+from hrs.nn.attention import SlotMemory
+from hrs.nn.cache import SlotTable, SlotTensor
 from hrs.nn.engrams.base import (
     BlockInputs,
     EngramEncoder,
     EngramMechanism,
     EngramState,
     WindowCache,
+    WindowSlots,
     reconstruction_loss,
 )
 from hrs.nn.engrams.observed_loss import ObservedLoss
@@ -40,6 +43,30 @@ class SummingCache(WindowCache):
         self.engrams = totals[:, -1]
         counts = torch.arange(before, before + totals.shape[1], device=centres.device).clamp_min(1)
         return totals / counts.unsqueeze(-1)
+
+
+class SummingSlots(WindowSlots):
+    """:class:`SummingCache` of sequences of unequal length."""
+
+    def __init__(self, table: SlotTable, window: int) -> None:
+        super().__init__(table, window)
+        self.means = SlotTensor(table)
+        self.engrams = SlotTensor(table)
+
+    def join(self, cache: WindowCache, slot: int) -> None:
+        super().join(cache, slot)
+        assert isinstance(cache, SummingCache) and cache.pending is not None
+        none = cache.pending.new_zeros(len(cache.pending), cache.pending.shape[2])
+        for own, total in ((self.means, cache.means), (self.engrams, cache.engrams)):
+            own.join(none if total is None else total, slot)
+
+    def leave(self, slot: int, last: int) -> None:
+        super().leave(slot, last)
+        self.means.leave(slot, last)
+        self.engrams.leave(slot, last)
+
+    def tensors(self) -> list[Tensor]:
+        return super().tensors() + self.means.tensors() + self.engrams.tensors()
 
 
 def _totals(before: Tensor | None, rows: Tensor) -> Tensor:
@@ -81,8 +108,19 @@ class WindowEngrams(EngramMechanism):
         if self.gate is not None:
             self.gate.initialise()
 
+    n_history: int = 0
+    """Engrams of the text in front of the window, which come before the others."""
+
     def new_cache(self) -> WindowCache:
         return SummingCache()
+
+    def new_slots(self, table: SlotTable) -> WindowSlots:
+        return SummingSlots(table, self.config.window)
+
+    def memory_positions(self) -> Tensor:
+        window, width = self.config.window, self.config.per_window
+        ends = torch.arange(1, self.max_seq_len // window + 1) * window - 1
+        return torch.cat((ends.new_zeros(self.n_history), ends.repeat_interleave(width)))
 
     def enter(self, index: int, x: Tensor, state: EngramState) -> tuple[Tensor, Tensor, BlockInputs]:
         return x, state.positions, state.inputs if index > self.extract_after else BlockInputs()
@@ -93,6 +131,9 @@ class WindowEngrams(EngramMechanism):
         return x
 
     def _extract(self, hidden: Tensor, state: EngramState) -> None:
+        if isinstance(state.cache, WindowSlots):
+            self._extract_step(hidden, state.cache, state)
+            return
         cache = state.cache if state.cache is not None else self.new_cache()
         windows, before = cache.complete(hidden, self.config.window)
         means = windows.mean(dim=2)  # [B, m, d]
@@ -115,6 +156,36 @@ class WindowEngrams(EngramMechanism):
             state.losses["gate_entropy"] = state.losses["gate_entropy"].masked_fill(dropped, 0.0)
         if dropped is not None and state.inputs.synapse_index is not None:
             state.inputs.synapse_index = state.inputs.synapse_index.masked_fill(dropped, 0)
+
+    def _extract_step(self, hidden: Tensor, slots: WindowSlots, state: EngramState) -> None:
+        """Take in one token of each slot, hidden states [n, 1, d]."""
+        windows = slots.complete(hidden)
+        if windows is not None:
+            self._add_windows(*windows, slots, state)
+        if self.config.synapse:
+            assert isinstance(slots, SummingSlots)
+            counts = (state.positions + 1) // self.config.window  # [n, 1], complete windows
+            state.inputs.synapse_means = F.pad((slots.engrams.rows / counts.clamp_min(1)).unsqueeze(1), (0, 0, 1, 0))
+            state.inputs.synapse_index = counts.clamp_max(1)  # row 0 is no engram at all
+
+    def _add_windows(self, windows: Tensor, rows: Tensor, slots: WindowSlots, state: EngramState) -> None:
+        """Make the engrams of windows [M, W, d] that some rows [M] have completed."""
+        means = windows.mean(dim=1, keepdim=True)  # [M, 1, d]
+        engrams = self.encoder(means)  # [M, 1, K, d]
+        width = engrams.shape[2]
+        index = slots.table.positions[rows] // self.config.window  # [M, 1], which window
+        places = self.n_history + width * index + torch.arange(width, device=index.device)
+        state.inputs.slot_memory = SlotMemory(engrams.squeeze(1) + self.type_embedding, rows, places)
+        if self.gate is not None:
+            assert isinstance(slots, SummingSlots)
+            before = slots.means.rows[rows]  # [M, d]
+            novelty = 1 - F.cosine_similarity(means, before.unsqueeze(1), dim=-1)  # [M, 1]
+            slots.means.rows[rows] = before + means.squeeze(1)
+            state.inputs.memory_gate = self.gate(novelty, means, engrams).sigmoid().expand(-1, width)  # [M, K]
+        if self.config.synapse:
+            assert isinstance(slots, SummingSlots)
+            centres = engrams.mean(dim=2).squeeze(1) + self.type_embedding
+            slots.engrams.rows[rows] = slots.engrams.rows[rows] + centres
 
     def _modulate(self, means: Tensor, engrams: Tensor, before: int, cache: WindowCache, state: EngramState) -> None:
         """Set the gates and the synapse's inputs for new windows [B, m, d] and their engrams [B, m, K, d]."""
