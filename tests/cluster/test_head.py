@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import wait_until
 
 from hrs.cluster.head import LocalHead
 from hrs.errors import HRSError
@@ -41,13 +41,6 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[LocalHead]:
     this = psutil.Process()
@@ -70,7 +63,7 @@ def test_job_runs_in_an_uploaded_copy_with_this_python_and_reports_its_status(he
         "def look():\n"
         "    import hrs\n"
         "    return hrs.MARK\n"
-        "print('driver', hrs.MARK, 'worker', ray.get(look.remote(), timeout=60))\n"
+        "print('driver', hrs.MARK, 'worker', ray.get(look.remote()))\n"
         "print('python', sys.executable, 'wish', os.environ['WISH'])\n"
         "print('bytecode', os.environ.get('PYTHONDONTWRITEBYTECODE'))\n"
         "sys.exit(7)\n"
@@ -148,8 +141,8 @@ def test_second_head_is_killed_without_harm_to_the_first(head: LocalHead) -> Non
              "C(sys.argv[1]).submit_job(entrypoint='sleep 100')", second.dashboard_address],
             env=os.environ | second.environment,
         )  # fmt: skip
-        assert job.wait(60) == 0
-        assert wait_for(lambda: any("sleep" in p.name() for p in psutil.Process().children(recursive=True)))
+        assert job.wait() == 0
+        wait_until(lambda: any("sleep" in p.name() for p in psutil.Process().children(recursive=True)))
         before = psutil.Process(second._supervisor.pid).children(recursive=True)
         second.kill()
         assert not psutil.wait_procs(before, timeout=0)[1]
@@ -166,8 +159,8 @@ def test_head_does_not_outlive_an_owner_that_is_killed() -> None:
     assert len(processes) > 5
     owner.kill()
     owner.wait()
-    assert wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes))
-    assert wait_for(lambda: not folder.exists())
+    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes))
+    wait_until(lambda: not folder.exists())
     assert not processes_of(folder)
 
 
@@ -191,11 +184,11 @@ def test_supervisor_buries_orphans_while_it_runs(tmp_path: Path) -> None:
     running = subprocess.Popen(
         [sys.executable, "-P", str(SUPERVISOR), str(folder), "sh", "-c", orphan], stdin=subprocess.PIPE
     )
-    assert wait_for(lambda: note.exists() and note.read_text().strip() != "")
-    assert wait_for(lambda: not psutil.pid_exists(int(note.read_text())), seconds=5)
+    wait_until(lambda: note.exists() and note.read_text().strip() != "")
+    wait_until(lambda: not psutil.pid_exists(int(note.read_text())))
     assert running.poll() is None
     running.stdin.close()
-    assert running.wait(10) == 0
+    assert running.wait() == 0
 
 
 def test_supervisor_leaves_no_daemon_behind(tmp_path: Path) -> None:
@@ -206,10 +199,10 @@ def test_supervisor_leaves_no_daemon_behind(tmp_path: Path) -> None:
     running = subprocess.Popen(
         [sys.executable, "-P", str(SUPERVISOR), str(folder), "sh", "-c", daemon], stdin=subprocess.PIPE
     )
-    assert wait_for(lambda: note.exists() and note.read_text().strip() != "")
+    wait_until(lambda: note.exists() and note.read_text().strip() != "")
     pid = int(note.read_text())
     assert psutil.pid_exists(pid)
     running.send_signal(signal.SIGUSR1)
-    assert running.wait(10) == 0
+    assert running.wait() == 0
     assert not psutil.pid_exists(pid)
     assert not folder.exists()

@@ -24,11 +24,10 @@ from jobs import export
 def run(storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     job = [sys.executable, str(ROOT / "jobs" / "export.py"), *arguments]
     environment = os.environ | {"HRS_STORAGE": str(storage)}
-    return subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True, timeout=280)
+    return subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # trains, and starts two private clusters one after the other
 def test_the_best_run_of_a_study_becomes_a_file_and_is_tracked(
     small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from jobs.retrieval_study import train_with_memories
 def run(storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     job = [sys.executable, str(ROOT / "jobs" / "gated_retrieval.py"), *arguments]
     environment = os.environ | {"HRS_STORAGE": str(storage)}
-    ended = subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True, timeout=550)
+    ended = subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True)
     assert "Traceback" not in ended.stdout + ended.stderr, ended.stdout + ended.stderr
     return ended
 

@@ -20,7 +20,7 @@ def run(storage: Path, small_corpus: Path) -> subprocess.CompletedProcess[str]:
     job = [sys.executable, str(ROOT / "jobs" / "kernel_study.py"), "--kernels", "dot,soft_rank", "--scale", "micro"]
     job += ["--corpus", f"jsonl:{small_corpus}", "--set", "data.tokenizer=bpe:300", "--set", "training.steps=10"]
     environment = os.environ | {"HRS_STORAGE": str(storage)}
-    return subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True, timeout=280)
+    return subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True)
 
 
 @pytest.mark.slow

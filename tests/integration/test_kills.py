@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from hrs.cluster.head import LocalHead
 from hrs.cluster.preflight import ROOT
@@ -20,7 +20,6 @@ from hrs.tracking import Tracker
 
 pytestmark = pytest.mark.slow
 
-DEADLINE_SECONDS = 240.0
 N_RUNS = 3
 Sweep = Callable[[Path], list[str]]
 
@@ -54,7 +53,7 @@ def start(arguments: list[str], root: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(sweep: subprocess.Popen[bytes]) -> None:
-    assert sweep.wait(timeout=DEADLINE_SECONDS) == 0
+    assert sweep.wait() == 0
 
 
 def fingerprints(root: Path) -> dict[str, str]:
@@ -80,14 +79,12 @@ def tracked(root: Path) -> dict[str, tuple[str, float]]:
 
 def wait_for_checkpoint(root: Path, alive: Callable[[], bool]) -> Path:
     """Until some run has written one and is not finished."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while time.monotonic() < deadline and alive():
-        for checkpoint in root.glob("runs/*/checkpoints/step_*"):
-            run = checkpoint.parent.parent
-            if not (run / "training.json").exists():
-                return run
-        time.sleep(0.02)
-    pytest.fail("no run wrote a checkpoint in time")
+
+    def found() -> Path | None:
+        runs = (checkpoint.parent.parent for checkpoint in root.glob("runs/*/checkpoints/step_*"))
+        return next((run for run in runs if not (run / "training.json").exists()), None)
+
+    return wait_until(found, alive)
 
 
 def workers_in_trials(root: Path) -> list[int]:
@@ -101,7 +98,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
 ) -> None:
     sweep = start(arguments, tmp_path)
     wait_for_checkpoint(tmp_path, lambda: sweep.poll() is None)
-    worker = workers_in_trials(tmp_path)[0]
+    worker = wait_until(lambda: workers_in_trials(tmp_path), lambda: sweep.poll() is None)[0]
     assert worker != sweep.pid
     os.kill(worker, signal.SIGKILL)
     finish(sweep)
@@ -134,7 +131,7 @@ def test_a_killed_cluster_is_continued_by_the_same_job(
         job.start()
         wait_for_checkpoint(tmp_path, job.is_alive)
         head.kill()
-        job.join(timeout=60)
+        job.join()
     with LocalHead(num_cpus=2) as head:
         assert head.submit(command, working_dir=ROOT, env_vars=env) == 0
     assert fingerprints(tmp_path) == undisturbed
@@ -161,7 +158,7 @@ def test_an_interrupt_stops_cleanly_and_says_how_to_go_on(arguments: list[str], 
     sweep = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for_checkpoint(tmp_path, lambda: sweep.poll() is None)
     sweep.send_signal(signal.SIGTERM)
-    _, errors = sweep.communicate(timeout=60)
+    _, errors = sweep.communicate()
     assert sweep.returncode == 2
     assert "the same command goes on" in errors
     assert "Traceback" not in errors

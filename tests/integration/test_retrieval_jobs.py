@@ -24,7 +24,7 @@ from jobs import needle, populate_store
 def run(storage: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HRS_STORAGE": str(storage)}
     line = [sys.executable, *command]
-    ended = subprocess.run(line, env=environment, cwd=storage, capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(line, env=environment, cwd=storage, capture_output=True, text=True)
     assert "Traceback" not in ended.stdout + ended.stderr, ended.stdout + ended.stderr
     return ended
 

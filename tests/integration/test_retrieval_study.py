@@ -24,7 +24,7 @@ def run(storage: Path, small_corpus: Path, *more: str) -> subprocess.CompletedPr
     job = [sys.executable, str(ROOT / "jobs" / "retrieval_study.py"), *SMALL, "--corpus", f"jsonl:{small_corpus}"]
     job += ["--set", "training.steps=10", "--steps", "12", *more]
     environment = os.environ | {"HRS_STORAGE": str(storage)}
-    return subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True, timeout=550)
+    return subprocess.run(job, env=environment, cwd=storage, capture_output=True, text=True)
 
 
 @pytest.mark.slow

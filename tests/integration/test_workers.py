@@ -131,12 +131,12 @@ def test_the_job_trains_evaluates_audits_and_tracks(small_corpus: Path, tmp_path
     job += ["--scale", "micro", "--corpus", f"jsonl:{small_corpus}", "--set", "data.tokenizer=bpe:300"]
     job += ["--set", "training.steps=8"]
     environment = os.environ | {"HRS_STORAGE": str(tmp_path)}
-    ended = subprocess.run(job, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(job, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 workers on" in ended.stdout and "finished" in ended.stdout
     (directory,) = (tmp_path / "runs").iterdir()
     assert ended.stdout.splitlines()[-1] == f"run dual_head_router/0: {directory}"
     (row,) = [line for line in ended.stdout.splitlines() if line.split()[:1] == ["dual_head_router"]]
     assert f" {Evaluation.load(directory).bits_per_byte:.2f} [" in row and row.endswith("yes")
-    again = subprocess.run(job, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    again = subprocess.run(job, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "finished before" in again.stdout

@@ -29,7 +29,7 @@ TEXTS = ["The wave and the tide", "The cloud and the star", "The wheat and the b
 @pytest.fixture
 def http(another: Callable) -> Iterator[httpx.Client]:
     """An endpoint with memories of its own."""
-    with another() as endpoint, httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as client:
+    with another() as endpoint, httpx.Client(base_url=f"{endpoint.url}/v1") as client:
         yield client
 
 
@@ -112,7 +112,7 @@ def test_memories_that_are_refused_leave_nothing(http: httpx.Client, body: dict,
 def test_replicas_see_each_others_memories_and_topics_and_a_restart_keeps_them(another: Callable) -> None:
     with contextlib.ExitStack() as stack:
         ends = [stack.enter_context(another()) for _ in range(2)]
-        one, two = (stack.enter_context(httpx.Client(base_url=f"{end.url}/v1", timeout=60)) for end in ends)
+        one, two = (stack.enter_context(httpx.Client(base_url=f"{end.url}/v1")) for end in ends)
         (first,) = remember(one, TEXTS[0], topic="auto")
         assert two.get("/memories").json()["data"] == [first]
         (second,) = remember(two, TEXTS[1], topic="auto")
@@ -222,7 +222,7 @@ def test_a_stream_tells_it_where_it_happens(http: httpx.Client, tmp_path: Path) 
 
 def test_retrieval_by_default_uses_the_gate_of_the_settings(another: Callable) -> None:
     settings = {"retrieval_threshold_bits": 0.0, "retrieval_min_similarity": -1.0, "retrieval_k": 3}
-    with another(**settings) as endpoint, httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as http:
+    with another(**settings) as endpoint, httpx.Client(base_url=f"{endpoint.url}/v1") as http:
         remember(http, *TEXTS)
         body = {"model": "tiny", "prompt": "The", "seed": 1, "max_tokens": 30, "hrs": {"retrieval": True}}
         events = http.post("/completions", json=body).json()["choices"][0]["hrs"]["retrieval"]
@@ -259,7 +259,7 @@ def test_a_model_with_retrieved_engrams_attends_to_what_its_base_makes_of_what_w
     long = "The wave and the tide and the ship and the storm and the harbour and the sail"
     with (
         serving(open_backend(settings)) as endpoint,
-        httpx.Client(base_url=f"{endpoint.url}/v1", timeout=60) as http,
+        httpx.Client(base_url=f"{endpoint.url}/v1") as http,
     ):
         remember(http, long, *TEXTS)
 

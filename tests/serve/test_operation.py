@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Receive, Scope, Send
+from waiting import wait_until
 
 from serve.metrics import Metrics
 from serve.proxy import middlewares
@@ -114,9 +114,7 @@ def proxied() -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(around.cls(proxy), port=0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
+    wait_until(lambda: server.started, thread.is_alive)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(timeout=10)

@@ -54,6 +54,7 @@ CONTRAST = """elements => elements.map(element => {
 def browser() -> Iterator[Browser]:
     if not Path(CHROMIUM).exists():
         pytest.skip(f"there is no browser at {CHROMIUM}: install Chromium, or set CHROMIUM to one")
+    expect.set_options(timeout=240_000)
     with sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield made
@@ -70,6 +71,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         def start(url: str, *, width: int = 1400, height: int = 900, **options: object) -> Page:
             context = browser.new_context(viewport={"width": width, "height": height}, **options)
             stack.callback(context.close)
+            context.set_default_timeout(240_000)
             page = context.new_page()
             page.on("pageerror", lambda error: wrong.append(str(error)))
             page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -116,7 +118,7 @@ def write(page: Page, **values: object) -> None:
 
 
 def remember(url: str, *texts: str, **more: str) -> list[dict]:
-    response = httpx.post(f"{url}/v1/memories", json={"input": list(texts), **more}, timeout=60)
+    response = httpx.post(f"{url}/v1/memories", json={"input": list(texts), **more})
     assert response.status_code == 200, response.text
     return response.json()["data"]
 
@@ -220,7 +222,7 @@ def test_look_ups_are_marks_that_open_by_keyboard(site, visit: Callable) -> None
     assert 0 < share < 1
     assert fact(page, "Under injection") == f"{100 * share:.1f} %"
     body = {"model": "tiny", "prompt": "The", "seed": 1, "max_tokens": 30, "hrs": {"retrieval": {"k": 2}}}
-    events = httpx.post(f"{site.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["hrs"]["retrieval"]
+    events = httpx.post(f"{site.url}/v1/completions", json=body).json()["choices"][0]["hrs"]["retrieval"]
     expect(page.locator(".mark")).to_have_count(len(events))
     assert page.locator(".token").nth(0).evaluate("e => getComputedStyle(e).textDecorationLine") == "none"
     assert page.locator(".token").last.evaluate("e => getComputedStyle(e).textDecorationLine") == "underline"

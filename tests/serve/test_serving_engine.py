@@ -42,7 +42,7 @@ class Scripted:
         self.texts.pop(number, None)
 
     def step(self) -> tuple[list[SampledToken], Events]:
-        assert self.may_step.wait(10)
+        assert self.may_step.wait()
         tokens = []
         for number, text in list(self.texts.items()):
             id = text.pop(0)

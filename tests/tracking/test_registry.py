@@ -3,16 +3,14 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
-import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import free_port, wait_for_health
 
 from hrs.config import ExperimentConfig
 from hrs.errors import HRSError
@@ -236,23 +234,13 @@ def test_what_does_not_exist_is_one_sentence(add_run: AddRun, storage: Storage, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_machine_that_shares_only_the_server_gets_the_model(
     storage: Storage, add_run: AddRun, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(ui_command(storage, port=port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "the server did not come up"
-                time.sleep(0.5)
+        wait_for_health(port, lambda: server.poll() is None)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         key = add_run("hrs", 0, 1.9)
         assert promote(storage, "demo").version == 1
@@ -263,5 +251,5 @@ def test_a_machine_that_shares_only_the_server_gets_the_model(
             resolve_model(elsewhere, "mlflow:hrs@best")
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait()
     assert not os.path.exists(storage.root / "models")

@@ -3,17 +3,16 @@
 import http.server
 import json
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import free_port, wait_for_health
 
 from hrs.config import ExperimentConfig
 from hrs.errors import HRSError
@@ -36,13 +35,6 @@ with tracker.open_run(f"key{seed}", study_id, config, "data") as run:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("n_writers", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_processes_that_start_at_once_make_one_store_and_lose_nothing(n_writers: int, tmp_path: Path) -> None:
     """Also after a first attempt that was killed half-way and left its unfinished file."""
@@ -85,12 +77,15 @@ def test_unsupported_stores_are_refused(uri: str, tmp_path: Path, monkeypatch: p
         Tracker(open_storage(tmp_path))
 
 
-def test_an_unreachable_server_is_one_sentence_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_one_sentence_without_long_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{free_port()}")
-    started = time.monotonic()
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
     with pytest.raises(HRSError, match=r"cannot be reached .*Connection refused.*: start it, or unset") as caught:
         Tracker(open_storage(tmp_path))
-    assert time.monotonic() - started < 6
+    assert sum(slept) < 6, "MLflow alone tries again for minutes"
     assert "secret" not in str(caught.value)
 
 
@@ -173,7 +168,6 @@ def test_the_interface_of_a_server_is_the_server_itself(storage: Storage, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_run_through_a_real_server_reads_back_the_same(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is the one that ``ui_command`` starts, on the SQLite store of the storage."""
     port = free_port()
@@ -182,7 +176,7 @@ def test_a_run_through_a_real_server_reads_back_the_same(storage: Storage, monke
     )
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-        wait_for_health(port)
+        wait_for_health(port, lambda: server.poll() is None)
         tracker = Tracker(storage)
         config = ExperimentConfig(seed=3)
         study_id = tracker.open_study("served", {"k": config})
@@ -192,18 +186,7 @@ def test_a_run_through_a_real_server_reads_back_the_same(storage: Storage, monke
         through_server = tracker.study_records("served")
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert through_server == Tracker(storage).study_records("served")
     assert through_server[0].history["train_loss"] == [(step, 1 / (step + 1)) for step in range(20)]
-
-
-def wait_for_health(port: int, timeout_seconds: float = 120) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, "the server did not come up"
-            time.sleep(0.5)
