@@ -251,6 +251,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Texts that may wait for a slot of a replica.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens a request may ask for.")] = 2048,
     replicas: Annotated[int, typer.Option(help="Most copies of the model; one runs, others come with the load.")] = 1,
+    device: Annotated[str, typer.Option(help="auto (GPUs, if there are any), cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of each replica.")] = 1,
     memories: Annotated[
         Path | None, typer.Option(help="Folder of an engram store; default one below the storage root.")
@@ -271,6 +272,7 @@ def serve(
         "max_queue": max_queue,
         "max_new_tokens": max_new_tokens,
         "max_replicas": replicas,
+        "device": device,
         "threads": threads,
         "memories": memories and str(memories.absolute()),
         "api_key_file": api_key_file and str(api_key_file.absolute()),

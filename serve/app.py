@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve import Application
 
+from hrs.errors import HRSError
 from serve.api import make_api
 from serve.opening import open_backend
 from serve.settings import Settings
@@ -48,7 +49,14 @@ class Replica:
 
 
 def build(settings: Settings) -> Application:
-    """What ``hrs serve`` runs, and ``serve deploy`` with the ``args`` of its file."""
+    """What ``hrs serve`` runs, and ``serve deploy`` with the ``args`` of its file.
+
+    Raises:
+        HRSError: if a GPU is asked for and none is reserved.
+    """
+    if settings.device == "cuda" and not settings.gpus_per_replica:
+        raise HRSError("device is cuda and gpus_per_replica is 0: who reserves no GPU uses the CPU, so reserve a share")
+    n_gpus = settings.gpus_per_replica if settings.reserves_gpu else 0
     deployment = Replica.options(  # type: ignore[attr-defined]
         max_ongoing_requests=_most_requests(settings),
         autoscaling_config={
@@ -58,7 +66,7 @@ def build(settings: Settings) -> Application:
             "upscale_delay_s": settings.upscale_delay_seconds,
             "downscale_delay_s": settings.downscale_delay_seconds,
         },
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": n_gpus},
         graceful_shutdown_timeout_s=settings.grace_seconds,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=5,

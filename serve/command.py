@@ -11,10 +11,10 @@ from types import FrameType
 from hrs.cluster.private import start_private_ray
 from hrs.errors import HRSError
 from hrs.export.opening import open_model
-from hrs.gpu import gpu_count
 from hrs.storage import open_storage
 from serve.address import host_and_port, require_address
 from serve.opening import print_warning, resolve
+from serve.placement import place_replicas, visible_devices
 from serve.settings import Settings, read_api_keys
 
 _RAY_SERVE = {
@@ -45,26 +45,29 @@ def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bo
         allow_anonymous: let other machines use the endpoint without a key, if ``host`` is one that they reach.
 
     Raises:
-        HRSError: if the model cannot be opened, the address cannot be listened on or needs a key, or the replicas do
-            not come up.
+        HRSError: if the model cannot be opened, the address cannot be listened on or needs a key, the replicas do not
+            fit the GPUs, or they do not come up.
     """
     warning = require_address(host, port, keys=bool(read_api_keys(settings)), allow_anonymous=allow_anonymous)
     storage = open_storage(settings.storage)
     path = resolve(settings.model, storage)
     opened = open_model(path, storage.tokens)  # a mistake is told at once, and not from a replica's log
+    placement = place_replicas(settings, opened)
     settings = settings.model_copy(
         update={
             "model": str(path),
             "storage": str(storage.root),
             "name": settings.name or opened.config.preset,
-            "gpus_per_replica": min(1.0, gpu_count() / settings.max_replicas),
+            "gpus_per_replica": placement.share,
         }
     )
+    if placement.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(placement, os.environ.get("CUDA_VISIBLE_DEVICES"))
     causal = opened.causal
     del opened
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    _serve(settings, host, port, causal)
+    _serve(settings, host, port, causal, n_gpus=len(placement.gpus))
 
 
 class _Signals:
@@ -81,7 +84,7 @@ class _Signals:
         (self.cut_off if self.stop.is_set() else self.stop).set()
 
 
-def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> None:
+def _serve(settings: Settings, host: str, port: int, causal: bool | None, *, n_gpus: int) -> None:
     for name, value in _RAY_SERVE.items():
         os.environ.setdefault(name, value)
     os.environ.update(_CLOSED)
@@ -91,6 +94,7 @@ def _serve(settings: Settings, host: str, port: int, causal: bool | None) -> Non
     # Before anything imports Ray, which reads its variables then.
     stop = start_private_ray(
         num_cpus=math.ceil(settings.max_replicas * settings.cpus_per_replica) + 1,
+        num_gpus=n_gpus,
         object_store_memory=150 * 2**20,
     )
     try:

@@ -18,8 +18,8 @@ from hrs.retrieval.calibration import Calibration, calibrate
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.retriever import SlotMaker
 from hrs.storage import Storage, open_storage
-from hrs.training import Runtime
 from serve.local import LocalBackend
+from serve.placement import replica_device
 from serve.settings import Settings
 
 CALIBRATION_TOKENS = 50_000
@@ -45,16 +45,16 @@ def resolve(model: str, storage: Storage) -> Path:
 
 
 def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:
-    """Load the model onto its device and open its memories.
+    """Load the model onto the GPU that this replica reserved, or the CPU, and open its memories.
 
     Raises:
         HRSError: if the model, its data or the storage cannot be used.
     """
     storage = open_storage(settings.storage)
-    runtime = Runtime(device=settings.device, threads=settings.threads)
-    torch.set_num_threads(runtime.threads)
+    torch.set_num_threads(settings.threads)
+    device = replica_device(settings)
     opened = open_model(resolve(settings.model, storage), storage.tokens)
-    opened.model.to(runtime.torch_device())
+    opened.model.to(device)
     folder = storage.root / "engrams" / f"{model_fingerprint(opened.model)}-served"
     calibration = gate_of(opened, storage, folder)
     slots = slots_of(opened, storage)

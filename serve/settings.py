@@ -20,7 +20,8 @@ class Settings(BaseModel):
     """What clients call the model; its preset's name if not given."""
     storage: str | None = None
     """Storage root; ``$HRS_STORAGE`` or the default if not given. Replicas on other machines need the same folder."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` is the GPU that a replica reserved (``gpus_per_replica``), and the CPU if it reserved none."""
     threads: int = Field(1, ge=1)
     """CPU threads of torch in each replica."""
 
@@ -47,6 +48,8 @@ class Settings(BaseModel):
     downscale_delay_seconds: float = Field(300.0, ge=0)
     cpus_per_replica: float = Field(1.0, ge=0)
     gpus_per_replica: float = Field(0.0, ge=0)
+    """What a replica reserves, such as 0.5 for two on one GPU, each with half of its memory; 0 for the CPU. The
+    command ``hrs serve`` plans it itself."""
     grace_seconds: float = Field(30.0, ge=0)
     """How long running replies may take to end when the endpoint stops."""
 
@@ -72,6 +75,11 @@ class Settings(BaseModel):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         return self
+
+    @property
+    def reserves_gpu(self) -> bool:
+        """True if replicas run on a GPU."""
+        return self.device != "cpu" and self.gpus_per_replica > 0
 
 
 def parse_settings(values: dict[str, object]) -> Settings:
