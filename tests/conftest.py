@@ -20,6 +20,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
 )
+if not Path("/proc/driver/nvidia").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on CPU tensors; read when a kernel is defined
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "HRS_STORAGE", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 

@@ -5,6 +5,8 @@ the dot products, torch's own ``embedding_bag`` for the sums. Where neither serv
 Triton) dot products gather a bounded piece at a time. A row's result depends on that row alone, to the last bit.
 """
 
+import functools
+import logging
 import warnings
 from importlib.util import find_spec
 
@@ -12,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None
+from hrs.gpu import is_gone, is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 GATHER_BYTES = 32 * 2**20
 """Most that :func:`gathered_dot` copies at a time where it has to copy."""
@@ -20,13 +24,42 @@ GATHER_BYTES = 32 * 2**20
 
 def dot(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """x[r] . table[indices[r, j]], [R, K], of x [R, w], table [N, w] and indices [R, K]."""
-    if x.is_cuda and HAS_TRITON:
+    if x.is_cuda and triton_works(x.device):
         from hrs.nn.expert_triton import triton_dot
 
         return triton_dot(x, table, indices)
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         return sampled_dot(x, table, indices)
     return gathered_dot(x, table, indices)
+
+
+@functools.cache
+def triton_works(device: torch.device) -> bool:
+    """Return True if Triton can compile and run a kernel on ``device``; if not, say why in one warning.
+
+    Triton compiles the launcher of its first kernel with the C compiler of the machine and Python's header files, so
+    the answer is known only after one was launched.
+    """
+    if find_spec("triton") is None:
+        reason = "it is not installed"
+    else:
+        try:
+            from hrs.nn.expert_triton import triton_dot
+
+            one = torch.ones(1, 1, device=device)
+            triton_dot(one, one, torch.zeros(1, 1, dtype=torch.int64, device=device))
+            return True
+        except Exception as error:  # of the compiler, the linker, the driver or Triton itself
+            if is_out_of_memory(error) or is_gone(error):
+                raise
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    _log.warning(
+        "Triton cannot be used on %s (%s): product-key experts copy the chosen rows instead, which is slower; it needs "
+        "a C compiler and Python's headers (Debian: apt install gcc python3-dev)",
+        device,
+        reason[:200],
+    )
+    return False
 
 
 def sampled_dot(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Operators on chosen rows against gathers of them, and product-key retrieval against looking at every expert."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +8,6 @@ from properties import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hrs.gpu import has_gpu
 from hrs.nn import expert_kernels
 from hrs.nn.expert_ops import chosen_dot, chosen_sum, mix_experts, mix_experts_naive
 from hrs.nn.expert_retrieval import product_key_top_k, retrieve, retrieve_naive
@@ -141,24 +138,6 @@ def test_backward_on_fake_tensors(sparse: bool) -> None:
         result.sum().backward()
     assert result.shape == (R, W)
     assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
-
-
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" and not has_gpu(),
-    reason="needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)",
-)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(3, 16, 32), (5, 20, 200), (4, 1, 7)])
-def test_triton_kernel_equals_gathering(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    pytest.importorskip("triton")
-    from hrs.nn.expert_triton import triton_dot
-
-    device = "cuda" if has_gpu() else "cpu"
-    rows, choices, width = shape
-    x, table = (torch.randn(n, width, dtype=dtype, device=device) for n in (rows, 40))
-    indices = torch.randint(40, (rows, choices), device=device)
-    expected = torch.einsum("rw,rkw->rk", x, table[indices])
-    torch.testing.assert_close(triton_dot(x, table, indices), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @examples(60)
