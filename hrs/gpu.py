@@ -14,13 +14,15 @@ simulations that raise the errors of the real ones (``tests/simulated_gpu.py``).
 """
 
 import contextlib
+import gc
 import importlib
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,9 @@ from torch import Tensor, nn
 from hrs.errors import HRSError
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
+
+_log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 120.0
 """Longest time that the probing process may take to import torch and open every GPU."""
@@ -72,6 +77,10 @@ class GpuProperties:
 
 class Cuda:
     """The calls of ``torch.cuda`` that HRS makes; a simulation overrides all of them."""
+
+    def __init__(self) -> None:
+        self.failures: dict[int, str] = {}
+        """Why GPUs cannot be used any more by this process, by index."""
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()
@@ -243,6 +252,8 @@ class Gpu:
     def __init__(self, index: int) -> None:
         self.index = index
         self._device = torch.device("cuda", index)
+        if index in cuda.failures:
+            raise _gone(index)
         try:
             cuda.init()
             count = cuda.device_count()
@@ -302,7 +313,8 @@ class Gpu:
         return cuda.max_memory_reserved(self._device)
 
     def release_cached_memory(self) -> None:
-        """Return unused memory of the allocator to the GPU."""
+        """Return unused memory of the allocator to the GPU, that of unreachable objects too."""
+        gc.collect()  # a run that ended is held by reference cycles, and its tensors with it
         cuda.empty_cache()
 
     def synchronize(self) -> None:
@@ -502,3 +514,92 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_gone(error: BaseException) -> bool:
     """True if ``error`` says that the GPU itself failed, so that nothing can run on it in this process any more."""
     return isinstance(error, RuntimeError) and any(wording in str(error) for wording in _GONE)
+
+
+def explain(error: BaseException, device: torch.device, what: str, remedy: str) -> HRSError | None:
+    """Return one sentence for an error that ran out of memory or lost the GPU; None for any other error.
+
+    Args:
+        what: what was being done, such as "the averages of the weights are too much".
+        remedy: what the user can change, as an imperative.
+    """
+    if is_gone(error):
+        index = cuda.index_of(device) or 0
+        cuda.failures[index] = _first_line(error)
+        return _gone(index)
+    if not is_out_of_memory(error):
+        return None
+    gpu = gpu_of(device)
+    if gpu is None:
+        where = str(device)
+    else:
+        found = gpu.properties
+        where = (
+            f"GPU {gpu.index} ({found.name}, {found.total_bytes / 2**30:.1f} GiB, {found.free_bytes / 2**30:.1f} free)"
+        )
+    return HRSError(f"the model does not fit on {where}: {what} ({_first_line(error)}); {remedy}")
+
+
+@contextlib.contextmanager
+def explained(device: torch.device, what: str, remedy: str) -> Iterator[None]:
+    """Raise the sentence of :func:`explain` instead of an error inside that has one."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        sentence = explain(error, device, what, remedy)
+        if sentence is None:
+            raise
+        raise sentence from error
+
+
+def move(module: Module, device: torch.device) -> Module:
+    """Move ``module`` to ``device`` and return it.
+
+    Raises:
+        HRSError: if it does not fit there.
+    """
+    weights = sum(p.nbytes for p in (*module.parameters(), *module.buffers()))
+    remedy = "free memory of the GPU, use a larger one, or a smaller scale"
+    with explained(device, f"its weights take {weights / 2**30:.2f} GiB", remedy):
+        cuda.move(module, device)
+    return module
+
+
+def with_batch_that_fits(call: Callable[[int], T], batch: int, device: torch.device, what: str) -> tuple[T, int]:
+    """Call ``call(batch)`` with half the batch again and again while memory runs out.
+
+    Args:
+        call: starts from the beginning each time and keeps nothing of a call that failed.
+        batch: windows at a time, at first.
+        what: the work, such as "evaluation".
+
+    Returns:
+        What it returned, and the batch that fitted.
+
+    Raises:
+        HRSError: if not even one window at a time fits, or the GPU is gone.
+    """
+    while True:
+        try:
+            return call(batch), batch
+        except (RuntimeError, MemoryError) as error:
+            remedy = "free memory of the GPU or use a larger one"
+            sentence = explain(error, device, f"{what} of one window at a time is too much", remedy)
+            if sentence is None:
+                raise
+            final = batch == 1 or is_gone(error)
+        # Outside the except block: the exception's traceback keeps the activations alive.
+        if final:
+            raise sentence
+        gpu = gpu_of(device)
+        if gpu is not None:
+            gpu.release_cached_memory()
+        _log.warning("%s ran out of memory with %d windows at a time, going on with %d", what, batch, batch // 2)
+        batch //= 2
+
+
+def _gone(index: int) -> HRSError:
+    return HRSError(
+        f"GPU {index} failed ({cuda.failures[index]}) and cannot be used again by this process: check `nvidia-smi`, "
+        "then start the same command again, which goes on from the last checkpoint"
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from filelock import FileLock
 
 from hrs.cluster.manifold import geometry_of
@@ -21,7 +22,7 @@ from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
-from hrs.gpu import gpu_of
+from hrs.gpu import explained, gpu_of, move
 from hrs.models import LanguageModel
 from hrs.models.geometry import TokenGeometry
 from hrs.report.plots import plot_loss_by_position
@@ -129,10 +130,12 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
     model, _ = load_model(directory)
     device = spec.runtime.torch_device()  # not before: another process may be the one that trains
     yield TrialProgress(stage="evaluate", step=steps, steps=steps)
-    evaluation = evaluate(model.to(device), store, stride_frac=config.evaluation.stride_frac)
+    evaluation = evaluate(move(model, device), store, stride_frac=config.evaluation.stride_frac)
     evaluation.save(directory)
     yield TrialProgress(stage="audit", step=steps, steps=steps)
-    verdict = audit(model.cpu())  # where float64 is fast enough and sums have one order
+    cpu = torch.device("cpu")  # where float64 is fast enough and sums have one order
+    with explained(cpu, "the audit is too much", "give this process more memory"):
+        verdict = audit(model.to(cpu))
     (directory / "audit.json").write_text(verdict.to_json())
     _record(spec, directory, model, evaluation, verdict, logger)
 

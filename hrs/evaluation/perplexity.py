@@ -23,6 +23,7 @@ from hrs.evaluation.category import category_scores
 from hrs.evaluation.diagnostics import block_outputs, effective_rank, flops_per_token
 from hrs.evaluation.reading import read_windows
 from hrs.evaluation.result import Evaluation
+from hrs.gpu import with_batch_that_fits
 from hrs.models.base import LanguageModel
 from hrs.nn.peer import expert_statistics
 
@@ -48,13 +49,14 @@ def evaluate(
     Args:
         stride_frac: step between windows over ``max_seq_len``; each target but the first has at least
             ``1 - stride_frac`` of the context before it, or all the text there is.
-        batch_windows: windows per pass. Changes speed and memory, and results only by rounding.
+        batch_windows: windows per pass, halved if memory runs out. Changes speed and memory, and results only by
+            rounding.
         memories: what a model with ``takes_memory`` reads besides the text; None is no memory.
         shown: whether each window reads its own memory, another one's, or none.
 
     Raises:
-        HRSError: if the store has ids that the model lacks, the split is empty, the loss is not finite, or the model
-            cannot read memories.
+        HRSError: if the store has ids that the model lacks, the split is empty, the loss is not finite, the model
+            cannot read memories, or not even one window at a time fits the memory.
     """
     if store.vocab_size > model.vocab_size:
         raise HRSError(
@@ -66,7 +68,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        return _evaluate(model, store, split, stride_frac, batch_windows, memories, shown)
+        device = next(model.parameters()).device
+        result, _ = with_batch_that_fits(
+            lambda n_windows: _evaluate(model, store, split, stride_frac, n_windows, memories, shown),
+            batch_windows,
+            device,
+            "evaluation",
+        )
+        return result
     finally:
         model.train(was_training)
 

@@ -15,6 +15,7 @@ from hrs.export.opening import verdict
 from hrs.export.quantize import Grid
 from hrs.export.search import fit
 from hrs.export.tensors import Grids, Packed, entries, pack
+from hrs.gpu import move, with_batch_that_fits
 from hrs.models import LanguageModel
 from hrs.training import load_model
 
@@ -83,7 +84,8 @@ def export(
         HRSError: if the checkpoint cannot be used, the budget cannot be met, or the file cannot be written.
     """
     model, config = load_model(checkpoint)
-    model = model.to(device)
+    device = torch.device(device)
+    move(model, device)
     hessians = _hessians(model, config, store, calibrate) if calibrate else {}
     stride = config.evaluation.stride_frac
     source = evaluate(model, store, stride_frac=stride).bits_per_byte
@@ -97,7 +99,7 @@ def export(
 
     chosen = fit(entries(model), attempt, budget=budget, bits=bits)
     written = write_artifact(Path(target), chosen.packed, config, store.tokenizer, provenance)
-    reloaded = load_artifact(written.path).model.to(device)
+    reloaded = move(load_artifact(written.path).model, device)
     score = evaluate(reloaded, store, stride_frac=stride).bits_per_byte
     return _result(written, chosen.grids, budget, calibrate, source, score, causal)
 
@@ -159,4 +161,10 @@ def _hessians(
     batch = min(_WINDOWS_AT_ONCE, n_windows)
     windows = TrainingWindows(store.train.tokens, config.model.max_seq_len, batch, config.seed)
     steps = range(-(-n_windows // batch))
-    return input_hessians(model, (torch.from_numpy(windows.batch(step)[:, :-1]) for step in steps))
+
+    def moments(n_at_once: int) -> dict[str, torch.Tensor]:
+        read = (torch.from_numpy(windows.batch(step)[:, :-1]) for step in steps)
+        return input_hessians(model, (part for tokens in read for part in tokens.split(n_at_once)))
+
+    device = next(model.parameters()).device
+    return with_batch_that_fits(moments, batch, device, "calibration")[0]

@@ -19,7 +19,7 @@ from hrs.data import TokenStore
 from hrs.data.categories import token_labels
 from hrs.data.windows import TrainingWindows, history, window_categories, window_memory
 from hrs.errors import HRSError
-from hrs.gpu import gpu_of
+from hrs.gpu import explained, gpu_of, move
 from hrs.models import build_model
 from hrs.models.base import WindowContext
 from hrs.models.geometry import TokenGeometry
@@ -39,7 +39,7 @@ from hrs.training.retrieval import TrainingMemories, start_from
 from hrs.training.runtime import DEFAULT_RUNTIME, Runtime
 from hrs.training.schedule import lr
 from hrs.training.sharing import Workers, checksums
-from hrs.training.step import Stepper, largest_divisor
+from hrs.training.step import REMEDY, Stepper, largest_divisor
 from hrs.training.validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -82,7 +82,8 @@ def train(
     run = _Run(config, store, Path(directory), runtime, geometry, workers, memories)
     try:
         while run.step < config.training.steps:
-            progress = run.advance()
+            with explained(run.device, "training needs more memory than its forward passes", REMEDY):
+                progress = run.advance()
             if progress is not None:
                 rng = get_rng(run.device)
                 try:
@@ -121,13 +122,14 @@ class _Run:
         self.device = runtime.torch_device()
         gpu = gpu_of(self.device)
         if gpu is not None:
-            gpu.reset_peak()  # a warm process has trained other runs
+            gpu.release_cached_memory()  # a warm process has trained other runs
+            gpu.reset_peak()
         self.windows = TrainingWindows(store.train.tokens, model.max_seq_len, training.batch_sequences, config.seed)
         self.memories = memories
         self.validation = Validation(store.validation, config, memories) if training.validations else None
         n = training.validations
         self.validation_steps = {round((i + 1) * training.steps / n) for i in range(n)}
-        self.model = build_model(model, geometry).to(self.device).train()
+        self.model = move(build_model(model, geometry), self.device).train()
         if memories is not None:
             start_from(memories.base_weights, self.model)
         self.labels = token_labels(store, "train", model.category) if self.model.n_categories else None
@@ -136,9 +138,11 @@ class _Run:
         check_phases(self.phases, self.model)
         if runtime.activation_checkpointing:
             checkpoint_activations(self.model)
-        self.averages = Averages(training.averaging if self.first else AveragingConfig(), self.model, training.steps)
-
-        state = self._restored_state()
+        averaging = training.averaging if self.first else AveragingConfig()
+        with explained(self.device, f"{len(averaging.decays)} averages of the weights are too much", REMEDY):
+            self.averages = Averages(averaging, self.model, training.steps)
+        with explained(self.device, "the state of the optimizer is too much", REMEDY):
+            state = self._restored_state()
         self.step: int = state["step"]
         self.seconds: float = state["seconds"]
         self.step_seconds: float = state["step_seconds"]

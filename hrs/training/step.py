@@ -8,8 +8,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from hrs.config import TrainingConfig
-from hrs.errors import HRSError
-from hrs.gpu import gpu_of
+from hrs.gpu import explain, gpu_of, is_gone
 from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.loss import Chunking, chunking_for, cross_entropy
 from hrs.training.optimizer import clip_gradients, gradient_norm
@@ -22,6 +21,9 @@ _log = logging.getLogger(__name__)
 Diagnostics = dict[str, list[Tensor]]
 """Detached values by name, one per micro-batch; still on the device, so that collecting them does not wait for it.
 Those that several workers exchanged are one mean, on the CPU."""
+
+REMEDY = "use a smaller scale, a larger GPU, or activation checkpointing"
+"""What to do if a model does not fit."""
 
 _TOTAL = "loss with its auxiliary terms"
 
@@ -123,11 +125,12 @@ class Stepper:
             clip_gradients(self.optimizer, self.config.optimizer.clip_norm, norm)
         try:
             self.optimizer.step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        except (RuntimeError, MemoryError) as error:
             # Activations are gone by now: a smaller micro-batch would not help.
-            raise self._too_large("the moments of AdamW are too much", error) from error
+            sentence = explain(error, self.device, "the moments of AdamW are too much", REMEDY)
+            if sentence is None:
+                raise
+            raise sentence from error
 
     def _exchange(self, workers: Workers, diagnostics: Diagnostics, total: Tensor) -> tuple[Diagnostics, Tensor]:
         """Give every worker the gradients, diagnostics and loss of the whole batch."""
@@ -154,14 +157,14 @@ class Stepper:
         while True:
             try:
                 return self.accumulate(tokens, context)
-            except RuntimeError as error:
-                uncompiled = self._compile_may_fail and isinstance(error, TorchDynamoException)
-                if not (uncompiled or is_out_of_memory(error)):
-                    raise
-                too_large = self.micro_batch == 1 and not uncompiled
-                failure = self._too_large("one window at a time is too much", error) if too_large else None
-                if uncompiled:
+            except (RuntimeError, MemoryError) as error:
+                sentence = explain(error, self.device, "one window at a time is too much", REMEDY)
+                if sentence is None:
+                    if not (self._compile_may_fail and isinstance(error, TorchDynamoException)):
+                        raise
                     _log.warning("torch.compile failed (%s): training uncompiled", str(error).strip().splitlines()[0])
+                elif is_gone(error):
+                    raise sentence from error
             # Outside the except block: the exception's traceback keeps the activations alive.
             self.optimizer.zero_grad(set_to_none=True)
             self.model.drop_observations()
@@ -169,18 +172,12 @@ class Stepper:
             if gpu is not None:
                 gpu.release_cached_memory()
             set_rng(rng, self.device)
-            if failure:
-                raise failure
-            if uncompiled:
+            if sentence is None:
                 self._encode, self._unembed, self._compile_may_fail = self.model.encode, self.model.unembed, False
+            elif self.micro_batch == 1:
+                raise sentence
             else:
                 self._shrink()
-
-    def _too_large(self, what: str, error: RuntimeError) -> HRSError:
-        return HRSError(
-            f"the model does not fit on {self.device}: {what} ({str(error).splitlines()[0]}); "
-            "use a smaller scale, a larger card, or activation checkpointing"
-        )
 
     def _shrink(self) -> None:
         part = self.config.batch_sequences // self.config.sharing.workers
@@ -257,17 +254,6 @@ class Stepper:
             for name, value in values.items():
                 diagnostics.setdefault(name, []).append(value.detach())
         return sum_of_totals / len(micro_batches)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out: torch's own exception, or what the CPU's allocator and cuBLAS raise instead."""
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "DefaultCPUAllocator: can't allocate memory" in text
-        or "DefaultCPUAllocator: not enough memory" in text
-        or "CUBLAS_STATUS_ALLOC_FAILED" in text
-    )
 
 
 def largest_divisor(n: int, limit: int) -> int:

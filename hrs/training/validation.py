@@ -7,6 +7,7 @@ from torch import Tensor
 from hrs.config import ExperimentConfig
 from hrs.data import TokenSplit
 from hrs.data.windows import WindowMemories, evaluation_windows, history, strangers, window_memory
+from hrs.gpu import with_batch_that_fits
 from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.loss import IGNORED, chunking_for, cross_entropy
 from hrs.training.randomness import get_rng, set_rng
@@ -28,16 +29,32 @@ class Validation:
             windows = [windows[i * len(windows) // wanted] for i in range(wanted)]
         self._split = split
         self._windows = windows
+        self._most = max(1, len(windows))  # windows at a time, as far as the memory is known to hold
         self._length = min(window + 1, len(split))
         self._precision = config.training.precision
         self._memories, self._shown = memories, config.training.retrieval.memory
         self._seekers = strangers(np.array([start for start, _ in windows]))
 
-    @torch.no_grad()
     def loss(self, model: LanguageModel, device: torch.device, batch: int) -> float:
-        """Nats per token, ``batch`` windows at a time. Leaves ``model`` in training mode."""
+        """Return nats per token, ``batch`` windows at a time or as many as the memory holds. Leaves ``model`` in
+        training mode.
+
+        Raises:
+            HRSError: if not even one window at a time fits the memory.
+        """
         rng = get_rng(device)
         model.eval()
+        try:
+            result, self._most = with_batch_that_fits(
+                lambda n_windows: self._mean(model, device, n_windows), min(batch, self._most), device, "validation"
+            )
+        finally:
+            model.train()
+        set_rng(rng, device)
+        return result
+
+    @torch.no_grad()
+    def _mean(self, model: LanguageModel, device: torch.device, batch: int) -> float:
         nats, scored = 0.0, 0
         for first in range(0, len(self._windows), batch):
             windows = self._windows[first : first + batch]
@@ -55,8 +72,6 @@ class Validation:
                 )
             nats += mean.item() * targets.numel()  # ignored targets add nothing, but are in the mean's denominator
             scored += int((targets != IGNORED).sum())
-        model.train()
-        set_rng(rng, device)
         return nats / scored
 
     def _read(self, windows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:

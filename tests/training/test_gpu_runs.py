@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import hrs.training.loop
 from hrs.errors import HRSError
+from hrs.evaluation import evaluate
+from hrs.models import build_model
 from hrs.training import Runtime, train
 from hrs.training.memory import (
     CUDA_OVERHEAD_BYTES,
@@ -15,7 +19,8 @@ from hrs.training.memory import (
     predict_peak,
     reserved_bytes,
 )
-from tests.simulated_gpu import GIB, SimulatedGpu, simulated_gpus
+from hrs.training.validation import Validation
+from tests.simulated_gpu import GIB, GONE, OUT_OF_MEMORY, FailAbove, SimulatedGpu, simulated_gpus
 from tests.training.training_checks import different, weights
 
 
@@ -128,3 +133,66 @@ def test_shares_and_micro_batches_leave_room_for_fragmentation(small_experiment)
     assert fit_micro_batch(small_experiment(), reserved_bytes(peak) - 1, Runtime(device="cuda")).micro_batch < 4
     with pytest.raises(HRSError, match=r"and the GPU has 0\.25 GiB free"):
         fit_micro_batch(small_experiment(), GIB // 4, Runtime(device="cuda"))
+
+
+# ---- out of memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wording", OUT_OF_MEMORY)
+def test_every_wording_of_out_of_memory_halves_the_micro_batch(
+    wording: str, small_experiment, small_store, tmp_path: Path
+) -> None:
+    config = small_experiment(changes={"training.steps": 1, "training.validations": 1})
+    with simulated_gpus(SimulatedGpu()) as cuda, FailAbove(2, OUT_OF_MEMORY[wording]) as memory:
+        list(train(config, small_store, tmp_path, Runtime(device="cuda")))
+        assert "empty_cache" in cuda.calls
+    assert summary(tmp_path)["micro_batch"] == 2 and memory.failures == 1
+
+
+def test_validation_and_evaluation_halve_their_batch_and_change_nothing(
+    small_experiment, small_store, tmp_path: Path
+) -> None:
+    config = small_experiment(changes={"training.precision": "fp32"})
+    model, device = build_model(config.model), torch.device("cpu")
+    losses = []
+    for rows in (99, 1):
+        validation = Validation(small_store.validation, config)
+        with FailAbove(rows, OUT_OF_MEMORY["driver"]) as memory:
+            losses.append(validation.loss(model, device, 4))
+            losses.append(validation.loss(model, device, 4))
+            assert memory.failures == (0 if rows == 99 else 2), "the batch that fits is remembered"
+            losses.append(evaluate(model, small_store).nats_per_token)
+    assert model.training
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-5)
+
+
+def test_what_cannot_be_cut_is_one_sentence(small_experiment, small_store, tmp_path: Path, monkeypatch) -> None:
+    config = small_experiment(changes={"training.averaging.decays": "0.9"})
+
+    def full(*_: object) -> None:
+        raise OUT_OF_MEMORY["driver"]()
+
+    where = r"^the model does not fit on GPU 0 \(NVIDIA RTX 4080, 16\.0 GiB, 15\.6 free\): "
+    with simulated_gpus(SimulatedGpu()) as cuda:
+        monkeypatch.setattr(hrs.training.loop, "Averages", full)
+        with pytest.raises(HRSError, match=where + "1 averages of the weights are too much .* larger GPU") as error:
+            list(train(config, small_store, tmp_path, Runtime(device="cuda")))
+        monkeypatch.setattr(cuda, "move", full)
+        with pytest.raises(HRSError, match=where + r"its weights take 0\.00 GiB .* smaller scale"):
+            list(train(config, small_store, tmp_path, Runtime(device="cuda")))
+    assert "\n" not in str(error.value)
+    with FailAbove(0, OUT_OF_MEMORY["cuBLAS"]), pytest.raises(HRSError, match="evaluation of one window at a time"):
+        evaluate(build_model(config.model), small_store)
+
+
+@pytest.mark.parametrize("wording", GONE)
+def test_a_gpu_that_is_gone_is_one_sentence_and_not_used_again(
+    wording: str, small_experiment, small_store, tmp_path: Path
+) -> None:
+    config, runtime = small_experiment(changes={"training.steps": 1}), Runtime(device="cuda")
+    with simulated_gpus(SimulatedGpu()):
+        with FailAbove(0, GONE[wording]) as gpu, pytest.raises(HRSError, match=r"GPU 0 failed .* check `nvidia-smi`"):
+            list(train(config, small_store, tmp_path, runtime))
+        assert gpu.failures == 1, "no smaller micro-batch is tried"
+        with pytest.raises(HRSError, match="cannot be used again by this process"):
+            runtime.torch_device()
