@@ -8,6 +8,7 @@ Submitting the same study again runs only what is missing.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
-from hrs.cluster.hardware import Hardware
+from hrs.cluster.hardware import Hardware, parse_gpus
 from hrs.cluster.manifold import build_manifolds
 from hrs.cluster.plan import Plan, format_plan, plan_runs
 from hrs.cluster.preflight import connect, preflight
@@ -47,9 +48,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile models (default: on a GPU)")
     parser.add_argument(
-        "--card-gib", type=float, help="with --dry-run: plan for cards of this size, not this machine's"
+        "--gpus",
+        metavar="COUNTxGIB[:NAME],...",
+        help="plan for GPUs that are not there, such as 4x24:A10G: those that an autoscaler brings, or with --dry-run "
+        "those of another machine (each item is a machine of its own)",
     )
-    parser.add_argument("--cards", type=int, default=1, help="with --card-gib: how many (default 1)")
     return parser.parse_args(arguments)
 
 
@@ -99,16 +102,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys = [run.key for run in runs]
     finished = tracker.finished(keys)
     if options.dry_run:
-        hardware = Hardware.of_this_machine()
-        if options.card_gib:
-            hardware = Hardware(cpus=hardware.cpus, card_bytes=(int(options.card_gib * 2**30),) * options.cards)
+        described = parse_gpus(options.gpus) if options.gpus else ()
+        cpus = sum(node.cpus for node in described)
+        hardware = Hardware(cpus=cpus, nodes=described) if described else Hardware.of_this_machine()
         print(format_plan(plan_runs(runs, finished, hardware, storage, runtime)))
         return 0
     preflight(storage)
     store = open_tokens(runs[0].config.data, storage.tokens)
     print(f"corpus {runs[0].config.data.corpus}: {len(store.train):,} training tokens, {store.licence}")
     nothing_to_do = finished == set(keys)
-    hardware = Hardware.of_this_machine() if nothing_to_do else Hardware.of_cluster(connect(storage))
+    if nothing_to_do:
+        hardware = Hardware(cpus=len(os.sched_getaffinity(0)))  # nothing runs, so no GPU need be asked
+    else:
+        hardware = Hardware.of_cluster(connect(storage), parse_gpus(options.gpus) if options.gpus else ())
     plan = plan_runs(runs, finished, hardware, storage, runtime)
     print(format_plan(plan), flush=True)
     build_manifolds([trial.run.config for trial in plan.missing], storage, lambda line: print(line, flush=True))

@@ -17,7 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs.cluster.hardware import offers_gpus
 from hrs.cluster.preflight import connect, preflight
+from hrs.cluster.workers import reserved_runtime
 from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.export import ExportResult, export, format_result, parse_budget
@@ -25,7 +27,7 @@ from hrs.report.records import RunRecord
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.tracking.candidates import judge
-from hrs.training import Runtime, load_model
+from hrs.training import load_model
 from jobs.entry import run_entry
 
 FILE, RESULT = "model.hrs", "export.json"
@@ -66,7 +68,7 @@ def export_run(directory: Path, target: Path, options: argparse.Namespace, stora
         budget=None if options.budget is None else parse_budget(options.budget),
         bits=options.bits,
         calibrate=options.calibrate,
-        device=Runtime().torch_device(),
+        device=reserved_runtime().torch_device(),
     )
     target.with_name(RESULT).write_text(result.to_json(), encoding="utf-8")
     return result
@@ -89,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directory = storage.run(best.key)
     target = (options.output or directory / FILE).resolve()
 
-    cards = connect(storage).get("GPU", 0.0)
+    gpus = float(offers_gpus(connect(storage)))
     import ray
 
-    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards))(export_run)
+    worker = ray.remote(num_cpus=1, num_gpus=gpus)(export_run)
     try:
         result = ray.get(worker.remote(directory, target, options, storage))
     except ray.exceptions.RayTaskError as error:

@@ -62,14 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     storage, runtime = open_storage(), Runtime()
     tracker = Tracker(storage)
     if options.dry_run:
-        plan = plan_runs(study.runs(), (), Hardware.of_this_machine(), storage, runtime)
+        plan = plan_runs(study.runs(), (), Hardware.of_this_machine(), storage, runtime, copies=options.samples)
         print(format_plan(plan) + f"\n(up to {options.samples} trials like this one; early stopping ends most sooner)")
         return 0
     preflight(storage)
     (run,) = study.runs()
     open_tokens(run.config.data, storage.tokens)
     hardware = Hardware.of_cluster(connect(storage))
-    plan = plan_runs([run], (), hardware, storage, runtime)
+    plan = plan_runs([run], (), hardware, storage, runtime, copies=options.samples)
     print(format_plan(plan), flush=True)
 
     from tune.schedule_search import search_schedules

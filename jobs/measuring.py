@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hrs.cluster.hardware import offers_gpus
 from hrs.cluster.preflight import connect
+from hrs.cluster.workers import reserved_runtime
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
@@ -14,7 +16,6 @@ from hrs.export import OpenedModel, open_model
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.storage import Storage
 from hrs.tracking import Tracker, resolve_model
-from hrs.training import Runtime
 
 
 def find_model(storage: Storage, source: str) -> Path | None:
@@ -58,7 +59,7 @@ def open_subject(path: Path, storage: Storage) -> Subject:
         HRSError: if it cannot be opened, or the corpus has another tokenizer by now.
     """
     opened = open_model(path, storage.tokens)
-    opened.model.to(Runtime().torch_device())
+    opened.model.to(reserved_runtime().torch_device())
     tokens = open_tokens(opened.config.data, storage.tokens)
     if tokens.tokenizer.to_str() != opened.tokenizer.to_str():
         raise HRSError("the corpus has changed since this model was trained, and its tokenizer with it: train again")
@@ -77,14 +78,14 @@ def save_whole(path: Path, text: str) -> None:
 
 
 def tell(function: Callable[..., Iterator[Any]], tasks: Sequence[tuple[Any, ...]], storage: Storage) -> Iterator[Any]:
-    """What ``function(*task)`` yields in a worker for each task, one core each, as it comes.
+    """What ``function(*task)`` yields in a worker for each task, one core each and a GPU if there is one, as it comes.
 
     A worker that fails stops no other: its error is raised when all have ended, the first of several.
     """
-    cards = connect(storage).get("GPU", 0.0)
+    gpus = float(offers_gpus(connect(storage)))
     import ray
 
-    worker = ray.remote(num_cpus=1, num_gpus=min(1.0, cards), max_retries=0)(function)
+    worker = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(function)
     streams: list[Any] = [worker.remote(*task) for task in tasks]
     errors: list[BaseException] = []
     while streams:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
+from hrs.cluster.workers import reserved_runtime
 from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.export import open_model
@@ -29,7 +30,6 @@ from hrs.retrieval.populate import QUANTILES, Filled, Population, populate
 from hrs.retrieval.segments import Condition, default_cut
 from hrs.retrieval.store import EngramStore, Normalisation
 from hrs.storage import Storage, open_storage
-from hrs.training import Runtime
 from jobs.entry import run_entry
 from jobs.measuring import require_model, tell
 
@@ -108,7 +108,7 @@ def task_of(options: argparse.Namespace, storage: Storage) -> Task:
 def fill(task: Task, storage: Storage) -> Iterator[str]:
     """What a worker does; yields lines to print."""
     opened = open_model(task.model, storage.tokens)
-    config, model = opened.config, opened.model.to(Runtime().torch_device())
+    config, model = opened.config, opened.model.to(reserved_runtime().torch_device())
     data = config.data if task.corpus is None else dataclasses.replace(config.data, corpus=task.corpus)
     tokens = open_tokens(data, storage.tokens)
     if tokens.tokenizer.to_str() != opened.tokenizer.to_str():

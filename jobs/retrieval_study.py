@@ -141,18 +141,19 @@ def run_and_measure(
     """Train and measure what is missing on whatever Ray offers. A run that fails says why and stops no other."""
     import ray
 
-    from tune.sweep import trial_spec
+    from tune.sweep import trial_runtime, trial_spec
 
     lines: dict[Any, str] = {}  # labels by stream of lines
     for trial in plan.trials:
         if trial.state != "finished" or not is_measured(trial.run, split, storage):
-            worker = ray.remote(num_cpus=trial.cpus, num_gpus=trial.card_frac, max_retries=2)(follow)
+            nodes = {"label_selector": {"ray.io/node-id": trial.nodes}} if trial.nodes else {}
+            worker = ray.remote(num_cpus=trial.cpus, num_gpus=trial.gpu_frac, max_retries=2, **nodes)(follow)
             lines[worker.remote(trial_spec(trial, study_id, storage, runtime).to_json(), split)] = trial.run.label
-    share = max(trial.card_frac for trial in plan.trials)
+    largest = max(plan.trials, key=lambda trial: trial.gpu_frac)
     for run in bases:
         if not is_measured(run, split, storage):
-            scorer = ray.remote(num_cpus=1, num_gpus=share, max_retries=2)(measure)
-            lines[scorer.remote(run, split, storage, runtime.reserving(share))] = run.label
+            scorer = ray.remote(num_cpus=1, num_gpus=largest.gpu_frac, max_retries=2)(measure)
+            lines[scorer.remote(run, split, storage, trial_runtime(largest, runtime))] = run.label
     while lines:
         ready, _ = ray.wait(list(lines), num_returns=1)
         stream: Any = ready[0]

@@ -24,6 +24,7 @@ import numpy as np
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
+from hrs.cluster.workers import reserved_runtime
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation.separation import Segments
@@ -46,7 +47,6 @@ from hrs.retrieval.topics.stress import stress_suite
 from hrs.retrieval.topics.stress_result import Embed, StressResult, Thresholds, random_embed
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
-from hrs.training import Runtime
 from jobs.entry import run_entry
 from jobs.export import best_run
 from jobs.measuring import find_model, tell
@@ -100,7 +100,7 @@ def measure(path: Path, storage: Storage, n_seeds: int, draws: int) -> Iterator[
     Yields lines to print, and at last what was measured.
     """
     model, config = load(path)
-    model.to(Runtime().torch_device())
+    model.to(reserved_runtime().torch_device())
     store = open_tokens(config.data, storage.tokens)
     sources = sources_and_chance(model, config)
     pairs: dict[Scale, dict[str, PairScores]] = {}

@@ -10,8 +10,10 @@ known by its content: a study with the same fields finds it trained, whoever com
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
@@ -21,6 +23,7 @@ from hrs.cluster.hardware import Hardware
 from hrs.cluster.inline import train_inline
 from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.study import Study
+from hrs.cluster.timing import DEVICE_FILE
 from hrs.cluster.workers import train_with_workers
 from hrs.config import ExperimentConfig, parse_assignments
 from hrs.data import TokenStore
@@ -48,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="minutes between checkpoints (default: 1 second per MB, 10 s to 10 min)",
     )
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints, instead of minutes")
-    parser.add_argument("--cpu", action="store_true", help="leave the cards alone")
+    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
     return parser.parse_args(arguments)
 
 
@@ -74,9 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study.runs()  # fails now, not after Ray has started
     preflight(storage)
     hardware = Hardware.of_cluster(connect(storage))
-    cards = 1 if hardware.card_bytes and not options.cpu else 0
+    gpus = 1 if hardware.nodes and not options.cpu else 0
+    # This process reserves no GPU, so it evaluates on the CPU while the workers train on theirs.
     runtime = Runtime(
-        device="cpu" if options.cpu else "auto",
+        device="cpu",
         threads=options.threads,
         micro_batch=options.micro_batch,
         checkpoint_minutes=options.checkpoint_minutes,
@@ -86,7 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def trainer(
         config: ExperimentConfig, store: TokenStore, directory: Path, runtime: Runtime, geometry: TokenGeometry | None
     ) -> Iterator[Progress]:
-        return train_with_workers(config, storage.tokens, directory, runtime, geometry, cards=cards)
+        runtime = replace(runtime, device="cuda" if gpus else "cpu")
+        # The speed of several workers tells nothing of one process, which may train the same config.
+        facts = {"device": f"{options.workers} workers", "tenants": 1}
+        (directory / DEVICE_FILE).write_text(json.dumps(facts), encoding="utf-8")
+        return train_with_workers(config, storage.tokens, directory, runtime, geometry, gpus=gpus)
 
     print(f"{options.workers} workers on {hardware}", flush=True)
     train_inline(study, runtime, trainer)

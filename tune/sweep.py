@@ -50,14 +50,27 @@ def trial_spec(t: TrialPlan, study_id: str, storage: Storage, runtime: Runtime) 
         run=t.run,
         study_id=study_id,
         storage_root=str(storage.root),
-        runtime=dataclasses.replace(runtime.reserving(t.card_frac), micro_batch_limit=t.micro_batch),
-        card_frac=t.card_frac,
+        runtime=dataclasses.replace(trial_runtime(t, runtime), micro_batch_limit=t.micro_batch),
+        card_frac=t.memory_frac,
+        tenants=t.tenants,
     )
 
 
+def trial_runtime(t: TrialPlan, runtime: Runtime) -> Runtime:
+    """Return the runtime of a planned trial: on the CPU if it reserves no GPU.
+
+    A trial that reserves one must find it: on a node without a driver it fails instead of taking weeks.
+    """
+    reserved = runtime.reserving(t.gpu_frac)
+    return dataclasses.replace(reserved, device="cuda") if reserved.device == "auto" else reserved
+
+
 def trial_resources(t: TrialPlan) -> tune.PlacementGroupFactory:
-    """What Ray reserves: cores, and the planned share of one card."""
-    return tune.PlacementGroupFactory([{"CPU": t.cpus} | ({"GPU": t.card_frac} if t.card_frac else {})])
+    """Return what Ray reserves: cores and the planned share of one GPU, on a node of the planned kind."""
+    bundle = {"CPU": t.cpus} | ({"GPU": t.gpu_frac} if t.gpu_frac else {})
+    if not t.nodes:
+        return tune.PlacementGroupFactory([bundle])
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[{"ray.io/node-id": t.nodes}])
 
 
 def tune_config(name: Callable[[Mapping[str, Any]], str], **options: Any) -> tune.TuneConfig:

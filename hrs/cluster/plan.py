@@ -1,29 +1,29 @@
 """Before anything starts: what each run needs, what is done, what runs beside what, and how long it all takes."""
 
-import functools
-import heapq
-import json
-import math
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import psutil
-import torch
 
-from hrs.cluster.hardware import Hardware
+from hrs.cluster.hardware import GpuPool, Hardware
+from hrs.cluster.placement import Job, choose_pools, simulate, spread
 from hrs.cluster.progress import format_seconds
 from hrs.cluster.study import Run
-from hrs.config import DataConfig, ExperimentConfig, content_hash, from_dict
-from hrs.gpu import has_gpu
+from hrs.cluster.timing import Timing, time_on_cpu, time_on_gpu
+from hrs.errors import HRSError
 from hrs.models import count_parameters
 from hrs.storage import Storage
 from hrs.training import Runtime
-from hrs.training.memory import card_fraction, fit_micro_batch
+from hrs.training.memory import MemoryPlan, card_fraction, fit_micro_batch
+
+State = Literal["finished", "resumes", "new"]
 
 _GENERATED_BYTES_PER_PARAMETER = 4 * 12
 """Two kept checkpoints, one being written and one with the tracked run, each weights and two moments in fp32."""
+
+_LONG_ON_CPU_MINUTES = 7 * 24 * 60.0
+"""A study that takes longer on the CPU is said to need a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,18 +31,31 @@ class TrialPlan:
     """How one run is to be executed."""
 
     run: Run
-    state: Literal["finished", "resumes", "new"]
+    state: State
     micro_batch: int
     accumulation: int
     peak_bytes: int
     cpus: float
-    card_frac: float
-    """Share of one card; 0 without one."""
+    gpu_frac: float
+    """Reserved share of one GPU; 0 on the CPU."""
+    memory_frac: float = 0.0
+    """Share of that GPU's whole memory which the trial may take, CUDA's own included; 0 on the CPU. Less than
+    ``gpu_frac``, which is a share of the memory that is free."""
+    pool: int = 0
+    """Index in :attr:`Hardware.pools`."""
+    tenants: int = 1
+    """Trials that may run on that GPU at once."""
     minutes: float
+    """With a GPU or a core to itself."""
+    busy_frac: float = 1.0
+    """Share of ``minutes`` in which the GPU computes for it."""
     timing: Literal["measured", "estimated"]
     start_minutes: float = 0.0
+    end_minutes: float = 0.0
     slot: int = -1
-    """Which lane of the machine it is expected to run in; -1 if it does not run."""
+    """Which worker slot it is expected to run in; -1 if it does not run."""
+    nodes: str = ""
+    """Ray's selector over the label ``ray.io/node-id``; empty if any node will do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,155 +72,259 @@ class Plan:
 
     @property
     def makespan_minutes(self) -> float:
-        return max((t.start_minutes + t.minutes for t in self.missing), default=0.0)
+        """Minutes until the last trial ends."""
+        return max((t.end_minutes for t in self.missing), default=0.0)
 
 
 def plan_runs(
-    runs: Sequence[Run], finished: Collection[str], hardware: Hardware, storage: Storage, runtime: Runtime
+    runs: Sequence[Run],
+    finished: Collection[str],
+    hardware: Hardware,
+    storage: Storage,
+    runtime: Runtime,
+    *,
+    copies: int = 1,
 ) -> Plan:
     """Fit every run to the hardware and simulate the queue.
 
+    Args:
+        runtime: with device ``cpu`` the GPUs are left alone.
+        copies: how many runs like each of these will wait in the queue, in a search.
+
     Raises:
-        HRSError: if a model does not fit the card at micro-batch 1, or the disk is too full for the checkpoints.
+        HRSError: if a model fits no GPU at micro-batch 1, or the disk is too full for the checkpoints.
     """
-    trials = [_plan_run(run, run.key in finished, hardware, storage, runtime) for run in runs]
+    if runtime.device == "cpu":
+        hardware = replace(hardware, nodes=())
+    states = {run.key: _state(run, finished, storage) for run in runs}
+    fitted = _on_gpus if hardware.nodes else _on_cpu
+    trials = fitted(runs, states, hardware, storage, runtime, copies)
     heaviest = max((count_parameters(t.run.config.model) for t in trials if t.state != "finished"), default=0)
     storage.require_free(heaviest * _GENERATED_BYTES_PER_PARAMETER * max(1, len(trials)))
     return Plan(hardware=hardware, trials=tuple(_place(trials, hardware)))
 
 
-def _plan_run(run: Run, finished: bool, hardware: Hardware, storage: Storage, runtime: Runtime) -> TrialPlan:
-    limit = (
-        min(hardware.card_bytes) if hardware.card_bytes else psutil.virtual_memory().available // max(1, hardware.cpus)
-    )
-    # Planned for where it will run, which need not be where the plan is made.
-    device = "cuda" if hardware.card_bytes else "cpu"
-    memory = fit_micro_batch(run.config, limit, replace(runtime, device=device))
-    share = card_fraction(memory.peak_bytes, limit) if hardware.card_bytes else 0.0
-    started = (storage.run(run.key) / "checkpoints").is_dir()
-    minutes, timing = _minutes(run, storage)
+def _state(run: Run, finished: Collection[str], storage: Storage) -> State:
+    if run.key in finished:
+        return "finished"
+    return "resumes" if (storage.run(run.key) / "checkpoints").is_dir() else "new"
+
+
+# ---- on the CPU ------------------------------------------------------------------------------------------------------
+
+
+def _on_cpu(
+    runs: Sequence[Run],
+    states: dict[str, State],
+    hardware: Hardware,
+    storage: Storage,
+    runtime: Runtime,
+    copies: int,
+) -> list[TrialPlan]:
+    limit = psutil.virtual_memory().available // max(1, hardware.cpus)
+    trials = []
+    for run in runs:
+        memory = fit_micro_batch(run.config, limit, replace(runtime, device="cpu"))
+        timing = time_on_cpu(run.config, memory.micro_batch, runtime, storage)
+        trials.append(_trial(run, states[run.key], memory, timing, cpus=min(1.0, hardware.cpus)))
+    return trials
+
+
+def _trial(
+    run: Run, state: State, memory: MemoryPlan, timing: Timing, *, cpus: float, gpu_frac: float = 0.0
+) -> TrialPlan:
     return TrialPlan(
         run=run,
-        state="finished" if finished else "resumes" if started else "new",
+        state=state,
         micro_batch=memory.micro_batch,
         accumulation=memory.accumulation,
         peak_bytes=memory.peak_bytes,
-        cpus=min(1.0, hardware.cpus),
-        card_frac=share,
-        minutes=minutes,
-        timing=timing,
+        cpus=cpus,
+        gpu_frac=gpu_frac,
+        minutes=timing.minutes,
+        busy_frac=timing.busy_frac,
+        timing=timing.source,
     )
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------
-
-_MODEL_FLOPS_UTILISATION = 0.25
-"""Share of a plain matrix product's speed that a training step reaches; only used before anything was measured."""
-_EVALUATION_FRAC = 0.2
-"""Evaluation and audit, as a share of the training time."""
+# ---- on GPUs ---------------------------------------------------------------------------------------------------------
 
 
-def _minutes(run: Run, storage: Storage) -> tuple[float, Literal["measured", "estimated"]]:
-    tokens = run.config.tokens_per_step * run.config.training.steps
-    speed = _measured_speeds(storage).get(_shape(run.config))
-    if speed:
-        return tokens / speed * (1 + _EVALUATION_FRAC) / 60, "measured"
-    flops = 6 * count_parameters(run.config.model) * tokens  # forward and backward of every weight (Kaplan et al. 2020)
-    return flops / (_matmul_flops_per_second() * _MODEL_FLOPS_UTILISATION) * (1 + _EVALUATION_FRAC) / 60, "estimated"
+def _on_gpus(
+    runs: Sequence[Run],
+    states: dict[str, State],
+    hardware: Hardware,
+    storage: Storage,
+    runtime: Runtime,
+    copies: int,
+) -> list[TrialPlan]:
+    """Fit every run to each pool, choose one, and reserve a share of a GPU there.
+
+    The share is of the memory that is free, so what other programs use is left to them.
+    """
+    pools = hardware.pools
+    options = {run.key: _fit_pools(run, states[run.key], pools, storage, runtime) for run in runs}
+    missing = [run.key for run in runs if states[run.key] != "finished"]
+    chosen = choose_pools(
+        {key: {i: _job(t) for i, t in options[key].items()} for key in missing},
+        gpus=[pool.count for pool in pools],
+        lanes=[_lanes([options[key][i] for key in missing if i in options[key]], pools[i]) for i in range(len(pools))],
+    )
+    trials = {run.key: options[run.key][chosen.get(run.key, min(options[run.key]))] for run in runs}
+    for i, pool in enumerate(pools):
+        mine = [key for key, chosen_pool in chosen.items() if chosen_pool == i]
+        shares = spread([trials[key].gpu_frac for key in mine for _ in range(copies)], pool.count)[::copies]
+        for key, share in zip(mine, shares, strict=True):
+            trials[key] = replace(trials[key], gpu_frac=share)
+    return [_reserved(trials[run.key], hardware, storage, runtime) for run in runs]
 
 
-def _shape(config: ExperimentConfig) -> str:
-    """What decides speed: the model and the phases, not the seed or the data."""
-    return content_hash(replace(config, seed=0, data=DataConfig()))
+def _fit_pools(
+    run: Run, state: State, pools: Sequence[GpuPool], storage: Storage, runtime: Runtime
+) -> dict[int, TrialPlan]:
+    """Return the run's plan on each pool that it fits.
+
+    Raises:
+        HRSError: if it fits none, with the number of bytes that it needs.
+    """
+    fitting = {}
+    refusal: HRSError | None = None
+    for i, pool in enumerate(pools):  # the most memory first
+        try:
+            memory = fit_micro_batch(run.config, pool.limit_bytes, replace(runtime, device="cuda"))
+        except HRSError as error:
+            refusal = refusal or error
+            continue
+        share = card_fraction(memory.peak_bytes, pool.limit_bytes)
+        timing = time_on_gpu(run.config, memory.micro_batch, runtime, pool, int(1 / share + 1e-9), storage)
+        cpus = min(1.0, float(min(node.cpus for node in pool.nodes))) or 1.0
+        fitting[i] = replace(_trial(run, state, memory, timing, cpus=cpus, gpu_frac=share), pool=i)
+    if not fitting:
+        assert refusal is not None
+        raise HRSError(f"{refusal}{_larger_neighbour(run, pools, runtime)}") from refusal
+    return fitting
 
 
-@functools.cache
-def _measured_speeds(storage: Storage) -> dict[str, float]:
-    """Tokens per second of every trained run in the storage, by shape."""
-    speeds = {}
-    for summary in storage.root.glob("runs/*/training.json"):
-        config = summary.with_name("config.json")
-        if config.exists():
-            speed = json.loads(summary.read_text())["tokens_per_second"]
-            speeds[_shape(from_dict(ExperimentConfig, json.loads(config.read_text())))] = speed
-    return speeds
+def _larger_neighbour(run: Run, pools: Sequence[GpuPool], runtime: Runtime) -> str:
+    """Return advice if a run fits a GPU that shares its node with smaller ones, else nothing."""
+    for node in (node for pool in pools for node in pool.nodes):
+        largest = max(node.gpus, key=lambda gpu: gpu.free_bytes)
+        if largest.free_bytes > node.limit_bytes:
+            try:
+                fit_micro_batch(run.config, largest.free_bytes, replace(runtime, device="cuda"))
+            except HRSError:
+                continue
+            return (
+                f". It fits GPU {largest.index}, but Ray cannot choose among the GPUs of one node: "
+                f"CUDA_VISIBLE_DEVICES={largest.index} leaves the others out; a Ray node for each kind uses them all"
+            )
+    return ""
 
 
-@functools.cache
-def _matmul_flops_per_second() -> float:
-    """Speed of this machine's first card, or one core, from the best of a few products of square matrices."""
-    cuda = has_gpu()
-    n = 4096 if cuda else 512
-    x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    best = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for the card
-        best = min(best, time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return 2 * n**3 / best
+def _reserved(trial: TrialPlan, hardware: Hardware, storage: Storage, runtime: Runtime) -> TrialPlan:
+    pool = hardware.pools[trial.pool]
+    tenants = int(1 / trial.gpu_frac + 1e-9)
+    timing = time_on_gpu(trial.run.config, trial.micro_batch, runtime, pool, tenants, storage)
+    return replace(
+        trial,
+        memory_frac=trial.gpu_frac * pool.limit_bytes / min(gpu.total_bytes for gpu in pool.gpus),
+        tenants=tenants,
+        nodes=hardware.selector(pool),
+        minutes=timing.minutes,
+        busy_frac=timing.busy_frac,
+        timing=timing.source,
+    )
 
 
-# ---- placement -------------------------------------------------------------------------------------------------------
+# ---- the queue -------------------------------------------------------------------------------------------------------
 
 
 def _place(trials: Sequence[TrialPlan], hardware: Hardware) -> list[TrialPlan]:
-    """Simulate the queue: every trial, longest first, in the lane that is free first."""
-    order = sorted((t for t in trials if t.state != "finished"), key=lambda t: -t.minutes)
-    lanes = [(0.0, lane) for lane in range(lane_count(order, hardware))]
-    placed = {t.run.key: t for t in trials}
-    for trial in order:
-        free_at, lane = heapq.heappop(lanes)
-        placed[trial.run.key] = replace(trial, start_minutes=free_at, slot=lane)
-        heapq.heappush(lanes, (free_at + trial.minutes, lane))
+    """Simulate the queue of each pool, the longest trial first; worker slots are numbered through."""
+    placed = {t.run.key: replace(t, end_minutes=t.minutes) for t in trials}
+    first_slot = 0
+    for i, (n_gpus, cpus) in enumerate(_capacities(hardware)):
+        order = sorted((t for t in trials if t.state != "finished" and t.pool == i), key=lambda t: -t.minutes)
+        places = simulate([_job(t) for t in order], n_gpus, cpus)
+        for trial in order:
+            place = places[trial.run.key]
+            placed[trial.run.key] = replace(
+                trial,
+                start_minutes=place.start_minutes,
+                end_minutes=place.end_minutes,
+                slot=first_slot + place.slot,
+            )
+        first_slot += 1 + max((place.slot for place in places.values()), default=-1)
     return [placed[t.run.key] for t in trials]
 
 
+def _capacities(hardware: Hardware) -> list[tuple[int, float]]:
+    """Return GPUs and cores of each pool; without a GPU all cores are one pool."""
+    return [(pool.count, max(1, pool.cpus)) for pool in hardware.pools] or [(0, hardware.cpus)]
+
+
+def _job(t: TrialPlan) -> Job:
+    return Job(key=t.run.key, minutes=t.minutes, cpus=t.cpus, gpu_frac=t.gpu_frac, busy_frac=t.busy_frac)
+
+
 def lane_count(trials: Sequence[TrialPlan], hardware: Hardware) -> int:
-    """Trials that run side by side, if all were as large as the largest."""
+    """Return how many trials run side by side, if all on a pool were as large as its largest; at least 1."""
+    if not hardware.nodes:
+        return max(1, int(hardware.cpus / max((t.cpus for t in trials), default=1.0)))
+    pools = enumerate(hardware.pools)
+    return max(1, sum(_lanes(mine, pool) for i, pool in pools if (mine := [t for t in trials if t.pool == i])))
+
+
+def _lanes(trials: Sequence[TrialPlan], pool: GpuPool) -> int:
     if not trials:
         return 1
-    by_cpu = int(hardware.cpus / max(t.cpus for t in trials))
-    share = max(t.card_frac for t in trials)
-    by_card = len(hardware.card_bytes) * int(1 / share + 1e-9) if share else by_cpu
-    return max(1, min(by_cpu, by_card))
+    by_gpu = pool.count * int(1 / max(t.gpu_frac for t in trials) + 1e-9)
+    return max(1, min(int(pool.cpus / max(t.cpus for t in trials)), by_gpu))
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------
 
 
 def format_plan(plan: Plan) -> str:
-    """The plan as aligned text: one line a trial, then the makespan."""
-    head = ("trial", "state", "memory", "micro-batch", "takes", "card", "cores", "lane", "starts")
-    rows = [_plan_row(t) for t in plan.trials]
+    """Return the plan as aligned text: one line a trial, the GPUs, then the makespan."""
+    head = ("trial", "state", "memory", "micro-batch", "takes", "GPU", "cores", "slot", "starts")
+    rows = [_plan_row(t, plan.hardware) for t in plan.trials]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
     done = len(plan.trials) - len(plan.missing)
     lanes = lane_count(plan.missing, plan.hardware)
-    guess = " (estimated from this machine's speed: no run of this shape was measured yet)" if any(
-        t.timing == "estimated" for t in plan.missing
-    ) else ""  # fmt: skip
+    left = format_seconds(60 * plan.makespan_minutes)
+    needs_gpu = not plan.hardware.nodes and plan.makespan_minutes > _LONG_ON_CPU_MINUTES
     return "\n".join(
         (
             *lines,
             "",
+            *plan.hardware.gpu_lines(),
             f"{plan.hardware}: {lanes} at a time, {done} of {len(plan.trials)} finished before, "
-            f"{format_seconds(60 * plan.makespan_minutes)} for the rest{guess}",
+            + (f"the rest needs a GPU: about {left} on this CPU" if needs_gpu else f"{left} for the rest")
+            + _how_timed(plan),
         )
     )
 
 
-def _plan_row(t: TrialPlan) -> tuple[str, ...]:
+def _how_timed(plan: Plan) -> str:
+    if all(t.timing == "measured" for t in plan.missing):
+        return ""
+    if plan.hardware.nodes:
+        return " (estimated from the GPU's data sheet: no run of this shape was measured on such a GPU yet)"
+    return " (estimated from this machine's speed: no run of this shape was measured yet)"
+
+
+def _plan_row(t: TrialPlan, hardware: Hardware) -> tuple[str, ...]:
     ran = t.state == "finished"
+    kind = f" of {hardware.pools[t.pool].kind}" if t.gpu_frac and len(hardware.pools) > 1 else ""
     return (
         t.run.label,
         t.state,
         f"{t.peak_bytes / 2**20:,.0f} MiB",
         f"{t.micro_batch} x {t.accumulation}",
-        "-" if ran else format_seconds(60 * t.minutes),
-        f"{t.card_frac:.2f}" if t.card_frac else "-",
+        "-" if ran else format_seconds(60 * (t.end_minutes - t.start_minutes)),
+        f"{t.gpu_frac:.2f}{kind}" if t.gpu_frac else "-",
         f"{t.cpus:g}",
         "-" if ran else str(t.slot),
         "-" if ran else "+" + format_seconds(60 * t.start_minutes),

@@ -30,10 +30,16 @@ class TrialProgress:
         )
 
 
+_DAYS_FROM_SECONDS = 4 * 86400
+"""Hours say little of what takes longer."""
+
+
 def format_seconds(seconds: float) -> str:
-    """``1h02m``, ``3m05s`` or ``12s``."""
+    """``12 days``, ``1h02m``, ``3m05s`` or ``12s``."""
     if not math.isfinite(seconds):
         return "?"
+    if seconds >= _DAYS_FROM_SECONDS:
+        return f"{seconds / 86400:,.0f} days"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

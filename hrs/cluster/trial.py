@@ -18,6 +18,7 @@ from filelock import FileLock
 from hrs.cluster.manifold import geometry_of
 from hrs.cluster.progress import TrialProgress
 from hrs.cluster.study import Run
+from hrs.cluster.timing import DEVICE_FILE
 from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
@@ -44,6 +45,8 @@ class TrialSpec:
     card_frac: float = 0.0
     """Share of one GPU that was reserved and that this process is kept to; 0 if none was, see
     :meth:`hrs.training.Runtime.reserving`."""
+    tenants: int = 1
+    """Trials that were planned for that GPU at once."""
     stop_outcome: Literal["killed", "stopped"] = "killed"
     """What it means when the trial is closed before its end: a cancel, or a scheduler's decision."""
 
@@ -129,6 +132,10 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
         )
     model, _ = load_model(directory)
     device = spec.runtime.torch_device()  # not before: another process may be the one that trains
+    if not (directory / DEVICE_FILE).exists():
+        used = gpu_of(device)
+        facts = {"device": used.properties.kind if used is not None else "cpu", "tenants": spec.tenants}
+        (directory / DEVICE_FILE).write_text(json.dumps(facts), encoding="utf-8")
     yield TrialProgress(stage="evaluate", step=steps, steps=steps)
     evaluation = evaluate(move(model, device), store, stride_frac=config.evaluation.stride_frac)
     evaluation.save(directory)

@@ -5,6 +5,7 @@ with a worker is the work since the last checkpoint: all others are ended, and t
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import psutil
 import torch.distributed as dist
 
+from hrs.cluster.hardware import with_announced
 from hrs.config import ExperimentConfig
 from hrs.data import open_tokens
 from hrs.errors import HRSError
@@ -22,7 +24,7 @@ from hrs.training.runtime import DEFAULT_RUNTIME
 from hrs.training.sharing import LostContact, join
 
 PLACEMENT_SECONDS = 600.0
-"""Longest wait for cores and cards that others hold."""
+"""Longest wait for cores and GPUs that others hold."""
 BLAME_SECONDS = 10.0
 """After a worker lost contact: longest wait for the cause, the end of another one, to show."""
 
@@ -34,7 +36,7 @@ def train_with_workers(
     runtime: Runtime = DEFAULT_RUNTIME,
     geometry: TokenGeometry | None = None,
     *,
-    cards: int = 0,
+    gpus: int = 0,
 ) -> Iterator[Progress]:
     """Train ``config`` with its ``training.sharing.workers`` on the connected Ray; yields as ``train`` does.
 
@@ -43,8 +45,8 @@ def train_with_workers(
 
     Args:
         tokens: folder of the token stores; the one of ``config.data`` is opened there.
-        runtime: of each worker; each reserves ``runtime.threads`` cores.
-        cards: whole cards that each worker reserves.
+        runtime: of each worker; each reserves ``runtime.threads`` cores. Without ``gpus`` the device is the CPU.
+        gpus: whole GPUs that each worker reserves.
 
     Raises:
         HRSError: if the cluster has no room for all workers, one of them died (the sentence says which), or training
@@ -53,11 +55,11 @@ def train_with_workers(
     import ray
 
     n = config.training.sharing.workers
-    placement = _reserve(n, runtime.threads, cards)
+    placement = _reserve(n, runtime.threads, gpus)
     workers: list[Any] = []
     try:
-        workers = [_start(placement, rank, runtime.threads, cards) for rank in range(n)]
-        order = ray.put((config, tokens, directory, runtime.reserving(cards), geometry))
+        workers = [_start(placement, rank, runtime.threads, gpus) for rank in range(n)]
+        order = ray.put((config, tokens, directory, runtime.reserving(gpus), geometry))
         waiting: dict[Any, int] = {}
         try:
             meeting = ray.get(workers[0].invite.remote())
@@ -79,6 +81,17 @@ def train_with_workers(
         for worker in workers:
             ray.kill(worker)
         ray.util.remove_placement_group(placement)
+
+
+def reserved_runtime() -> Runtime:
+    """Return how to compute in this process: on the GPU that Ray reserved for it, else on the CPU.
+
+    Ray does not hide the GPUs of a node from workers that reserve none. Outside of Ray the first GPU is used, if any.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return Runtime()
+    return Runtime(device="auto" if ray.get_gpu_ids() else "cpu")
 
 
 class Worker:
@@ -141,14 +154,17 @@ def _choose_interface() -> None:
 # ---- in the driver ---------------------------------------------------------------------------------------------------
 
 
-def _reserve(n: int, threads: int, cards: int) -> Any:
-    """A placement group with a bundle for each worker, as close together as there is room."""
+def _reserve(n: int, threads: int, gpus: int) -> Any:
+    """Return a placement group with a bundle for each worker, as close together as there is room."""
     import ray
 
-    total, bundle = ray.cluster_resources(), {"CPU": float(threads)} | ({"GPU": float(cards)} if cards else {})
+    total, bundle = (
+        with_announced(ray.cluster_resources()),
+        {"CPU": float(threads)} | ({"GPU": float(gpus)} if gpus else {}),
+    )
     for name, amount in bundle.items():
         if n * amount > total.get(name, 0.0):
-            what = {"CPU": "cores", "GPU": "cards"}[name]
+            what = {"CPU": "cores", "GPU": "GPUs"}[name]
             raise HRSError(
                 f"{n} workers need {n * amount:.0f} {what} and the cluster has {total.get(name, 0.0):.0f}: add nodes, "
                 "or run it as an ordinary trial, which computes the workers' parts one after another"
@@ -158,17 +174,17 @@ def _reserve(n: int, threads: int, cards: int) -> Any:
         ray.util.remove_placement_group(placement)
         raise HRSError(
             f"no room for {n} workers within {PLACEMENT_SECONDS / 60:.0f} minutes: wait until other trials end, or "
-            "look at `ray status` for what holds the cores and cards"
+            "look at `ray status` for what holds the cores and GPUs"
         )
     return placement
 
 
-def _start(placement: Any, rank: int, threads: int, cards: int) -> Any:
+def _start(placement: Any, rank: int, threads: int, gpus: int) -> Any:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     strategy = PlacementGroupSchedulingStrategy(placement_group=placement, placement_group_bundle_index=rank)
-    actor = ray.remote(num_cpus=threads, num_gpus=cards, max_restarts=0, scheduling_strategy=strategy)(Worker)
+    actor = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0, scheduling_strategy=strategy)(Worker)
     return actor.remote()
 
 

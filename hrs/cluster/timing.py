@@ -1,0 +1,195 @@
+"""How long a run takes on a processor: from a run of its shape that was timed there, else from a model of its kernels.
+
+The model adds up the kernels of one traced training step (:func:`hrs.training.memory.step_kernels`): each takes the
+longest of its arithmetic at the GPU's peak, its memory traffic at the GPU's bandwidth, and the smallest time a kernel
+takes; the step is not shorter than Python needs to launch them (roofline, Williams et al. 2009). Peaks are those of
+the data sheets, so no GPU has to be at hand and none is disturbed. One core of the CPU is timed instead.
+"""
+
+import functools
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from hrs.cluster.hardware import GpuPool
+from hrs.config import DataConfig, ExperimentConfig, content_hash, from_dict
+from hrs.gpu import GpuProperties
+from hrs.storage import Storage
+from hrs.training import Runtime
+from hrs.training.memory import step_kernels
+
+DEVICE_FILE = "device.json"
+"""In a run's directory: ``device`` (a GPU's kind, ``cpu``, or that there were several workers) and ``tenants`` (trials
+planned on that GPU)."""
+
+EVALUATION_FRAC = 0.2
+"""Evaluation and audit, as a share of the training time."""
+
+_CPU_EFFICIENCY = 0.25
+"""Share of the speed of a plain matrix product that a training step reaches on the CPU."""
+_GPU_ARITHMETIC = 0.6
+"""Share of the peak that matrix products reach on a GPU."""
+_GPU_BANDWIDTH = 0.75
+"""Share of the memory bandwidth that elementwise kernels reach on a GPU."""
+_KERNEL_SECONDS = 2e-6
+"""Shortest time from the start of one kernel to the start of the next."""
+_LAUNCH_SECONDS = 8e-6
+"""Time that eager PyTorch needs on the host for one kernel, forward and backward taken together."""
+
+_PEAKS: dict[str, tuple[float, float]] = {
+    "V100": (112, 900), "T4": (65, 320), "TITAN RTX": (65, 672), "RTX 2080 Ti": (54, 616), "RTX 2080": (42, 448),
+    "RTX 2070": (33, 448), "RTX 2060": (26, 336), "RTX 8000": (65, 672), "RTX 6000": (65, 672),
+    "A100": (312, 1555), "A800": (312, 1555), "A30": (165, 933), "A40": (150, 696), "A10G": (70, 600),
+    "A10": (125, 600), "A16": (18, 200), "A2": (18, 200), "RTX A6000": (155, 768), "RTX A5000": (111, 768),
+    "RTX A4000": (77, 448), "RTX 3090 Ti": (80, 1008), "RTX 3090": (71, 936), "RTX 3080 Ti": (68, 912),
+    "RTX 3080": (60, 760), "RTX 3070 Ti": (43, 608), "RTX 3070": (41, 448), "RTX 3060 Ti": (32, 448),
+    "RTX 3060": (25, 360), "RTX 3050": (18, 224),
+    "L40S": (362, 864), "L40": (181, 864), "L4": (121, 300), "RTX 6000 Ada": (364, 960), "RTX 5000 Ada": (261, 576),
+    "RTX 4500 Ada": (158, 432), "RTX 4000 Ada": (107, 360), "RTX 4090": (165, 1008), "RTX 4080 SUPER": (104, 736),
+    "RTX 4080": (97, 717), "RTX 4070 Ti": (80, 504), "RTX 4070 SUPER": (71, 504), "RTX 4070": (58, 504),
+    "RTX 4060 Ti": (44, 288), "RTX 4060": (30, 272), "RTX 4050": (24, 192),
+    "H100 PCIe": (756, 2000), "H100 NVL": (835, 3900), "H100": (989, 3350), "H800": (989, 3350), "H200": (989, 4800),
+    "H20": (148, 4000), "GH200": (989, 4000),
+    "B100": (1750, 8000), "B200": (2250, 8000), "GB200": (2500, 8000), "B300": (2250, 8000), "GB300": (2500, 8000),
+    "RTX PRO 6000": (500, 1792), "RTX 5090": (209, 1792), "RTX 5080": (113, 960), "RTX 5070 Ti": (88, 896),
+    "RTX 5070": (62, 672), "RTX 5060 Ti": (48, 448), "RTX 5060": (38, 448),
+}  # fmt: skip
+"""Peak of dense bf16 matrix products with float32 sums in TFLOP/s (fp16 where bf16 is emulated), and memory bandwidth
+in GB/s, by part of the name. From NVIDIA's data sheets and architecture papers, without sparsity."""
+
+_PEAK_BY_GENERATION: dict[tuple[int, int], tuple[float, float]] = {
+    (7, 0): (112, 900), (7, 5): (26, 320), (8, 0): (165, 933), (8, 6): (25, 360), (8, 9): (30, 272),
+    (9, 0): (756, 2000), (10, 0): (1750, 8000), (12, 0): (38, 448),
+}  # fmt: skip
+"""The weakest common GPU of each compute capability, for names that are not in the table."""
+_PEAK_OF_UNKNOWN = (26.0, 320.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """How long one run takes with a processor to itself."""
+
+    minutes: float
+    """With evaluation and audit."""
+    busy_frac: float
+    """Share of that time in which it computes on the GPU: what several runs on one GPU have to share; 1 on the CPU."""
+    source: Literal["measured", "estimated"]
+
+
+def gpu_peak(gpu: GpuProperties) -> tuple[float, float]:
+    """Return a GPU's peak in FLOP/s and its bandwidth in bytes/s; of a weak one of its generation if it is unknown."""
+    words = gpu.name.upper().replace("-", " ").split()
+    best: tuple[int, tuple[float, float]] = (0, _PEAK_BY_GENERATION.get(gpu.capability, _PEAK_OF_UNKNOWN))
+    for name, peak in _PEAKS.items():
+        wanted = name.upper().split()
+        places = range(len(words) - len(wanted) + 1)
+        if any(words[i : i + len(wanted)] == wanted for i in places) and len(wanted) > best[0]:
+            best = len(wanted), peak
+    tera_flops, giga_bytes = best[1]
+    return tera_flops * 1e12, giga_bytes * 1e9
+
+
+def time_on_gpu(
+    config: ExperimentConfig, micro_batch: int, runtime: Runtime, pool: GpuPool, tenants: int, storage: Storage
+) -> Timing:
+    """Return how long a run takes on the slowest GPU of ``pool``.
+
+    A speed that was measured while ``tenants`` trials were planned on the GPU counts only for as many: it is converted
+    to that of a GPU of its own by the rate that :func:`shared_rate` gives.
+    """
+    slowest: tuple[float, float] = (0.0, 0.0)
+    for gpu in {gpu.kind: gpu for gpu in pool.gpus}.values():
+        slowest = max(slowest, _modelled_step(config, micro_batch, runtime, gpu))
+    step_seconds, busy_seconds = slowest
+    steps = config.training.steps
+    modelled = steps * step_seconds
+    busy_frac = min(1.0, busy_seconds / step_seconds)
+    for kind in dict.fromkeys(gpu.kind for gpu in pool.gpus):
+        if speed := _measured_speeds(storage).get((_shape(config), kind, 1)):
+            seconds = config.tokens_per_step * steps / speed
+            return _timing(seconds, min(1.0, steps * busy_seconds / seconds), "measured")
+        if speed := _measured_speeds(storage).get((_shape(config), kind, tenants)):
+            seconds = config.tokens_per_step * steps / speed * shared_rate(tenants * busy_frac)
+            return _timing(seconds, busy_frac, "measured")
+    return _timing(modelled, busy_frac, "estimated")
+
+
+def time_on_cpu(config: ExperimentConfig, micro_batch: int, runtime: Runtime, storage: Storage) -> Timing:
+    """Return how long a run takes on a core of this machine."""
+    tokens = config.tokens_per_step * config.training.steps
+    if speed := _measured_speeds(storage).get((_shape(config), "cpu", 1)):
+        return _timing(tokens / speed, 1.0, "measured")
+    kernels = step_kernels(config, micro_batch, replace(runtime, device="cpu"))
+    flops = sum(flops * number for (flops, _), number in kernels.items()) * config.training.steps
+    return _timing(flops / (_matmul_flops_per_second() * _CPU_EFFICIENCY), 1.0, "estimated")
+
+
+def shared_rate(busy: float) -> float:
+    """Return the speed of runs that share a GPU, as a share of the speed of one alone.
+
+    Without MPS a GPU computes for one process at a time: while the kernels of all fit into the time there is, nobody
+    waits; beyond that everybody's share shrinks.
+
+    Args:
+        busy: sum of the runs' :attr:`Timing.busy_frac`.
+    """
+    return min(1.0, 1.0 / busy) if busy else 1.0
+
+
+def _timing(training_seconds: float, busy_frac: float, source: Literal["measured", "estimated"]) -> Timing:
+    return Timing(minutes=training_seconds * (1 + EVALUATION_FRAC) / 60, busy_frac=busy_frac, source=source)
+
+
+def _modelled_step(
+    config: ExperimentConfig, micro_batch: int, runtime: Runtime, gpu: GpuProperties
+) -> tuple[float, float]:
+    """Return the modelled seconds of one training step, and how many of them the GPU computes."""
+    peak, bandwidth = gpu_peak(gpu)
+    kernels = step_kernels(config, micro_batch, replace(runtime, device="cuda"))
+    busy = sum(
+        number * max(flops / (peak * _GPU_ARITHMETIC), moved / (bandwidth * _GPU_BANDWIDTH), _KERNEL_SECONDS)
+        for (flops, moved), number in kernels.items()
+    )
+    return max(busy, sum(kernels.values()) * _LAUNCH_SECONDS), busy
+
+
+def _shape(config: ExperimentConfig) -> str:
+    """Return what decides speed: the model and the phases, not the seed or the data."""
+    return content_hash(replace(config, seed=0, data=DataConfig()))
+
+
+@functools.cache
+def _measured_speeds(storage: Storage) -> dict[tuple[str, str, int], float]:
+    """Return tokens per second of every trained run in the storage, by shape, device and planned tenants.
+
+    Runs that do not say where they were trained are taken for runs on the CPU.
+    """
+    speeds: dict[tuple[str, str, int], float] = {}
+    for summary in storage.root.glob("runs/*/training.json"):
+        config, device = summary.with_name("config.json"), summary.with_name(DEVICE_FILE)
+        if config.exists():
+            facts: dict[str, Any] = {"device": "cpu", "tenants": 1}
+            if device.exists():
+                facts = json.loads(device.read_text())
+            shape = _shape(from_dict(ExperimentConfig, json.loads(config.read_text())))
+            speeds[shape, facts["device"], facts["tenants"]] = json.loads(summary.read_text())["tokens_per_second"]
+    return speeds
+
+
+@functools.cache
+def _matmul_flops_per_second() -> float:
+    """Return the speed of one core of this machine: the best of a few products of square matrices."""
+    x = torch.randn(512, 512)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return 2 * 512**3 / best
