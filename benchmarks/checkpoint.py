@@ -32,9 +32,9 @@ MIB = 2**20
 def main() -> None:
     parser = argparse.ArgumentParser(description="time that a checkpoint takes from training")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8, help="steps of every measurement, at least")
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="steps of every measurement, at least")
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--windows", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where to write (default: the system's temporary folder)")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ from hrs.training.loss import Chunking, chunking_for, cross_entropy
 from hrs.training.optimizer import clip_gradients, gradient_norm
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.runtime import autocast
-from hrs.training.sharing import Workers, unshared_parameters
+from hrs.training.sharing import GradientExchange, Workers, unshared_parameters
 
 _log = logging.getLogger(__name__)
 
 Diagnostics = dict[str, list[Tensor]]
 """Detached values by name, one per micro-batch; still on the device, so that collecting them does not wait for it.
-Those that several workers exchanged are one mean, on the CPU."""
+Those that several workers exchanged are one mean."""
 
 REMEDY = "use a smaller scale, a larger GPU, or activation checkpointing"
 """What to do if a model does not fit."""
@@ -65,6 +66,9 @@ class Stepper:
         self.chunking = chunking or chunking_for(device)
         self._parameters = list(model.parameters())
         self._unshared = unshared_parameters(model.parameter_groups(), config.sharing)
+        self._exchange: GradientExchange | None = None
+        if workers is not None:
+            self._exchange = GradientExchange(workers, self._parameters, {id(p) for p in self._unshared})
         self._compile_may_fail = compile_may_fail
         self._encode, self._unembed = model.encode, model.unembed
         if compiled:
@@ -116,8 +120,10 @@ class Stepper:
     def _everyones_gradients(self, tokens: Tensor, context: WindowContext | None) -> tuple[Diagnostics, Tensor, Tensor]:
         """Return diagnostics, loss and norm of the gradients of the whole batch, which the parameters then hold."""
         diagnostics, total = self._gradients(tokens, context)
-        if self.workers is not None:
-            diagnostics, total = self._exchange(self.workers, diagnostics, total)
+        if self._exchange is not None:
+            means = self._exchange.finish(diagnostics | {_TOTAL: [total]})
+            total = means.pop(_TOTAL)[0]
+            diagnostics = {name: [mean] for name, mean in means.items()}
         return diagnostics, total, gradient_norm(self.optimizer)
 
     def _apply(self, norm: Tensor) -> None:
@@ -131,13 +137,6 @@ class Stepper:
             if sentence is None:
                 raise
             raise sentence from error
-
-    def _exchange(self, workers: Workers, diagnostics: Diagnostics, total: Tensor) -> tuple[Diagnostics, Tensor]:
-        """Give every worker the gradients, diagnostics and loss of the whole batch."""
-        unshared = {id(parameter) for parameter in self._unshared}
-        means = workers.exchange(self._parameters, unshared, diagnostics | {_TOTAL: [total]})
-        total = means.pop(_TOTAL)[0].to(self.device)
-        return {name: [mean] for name, mean in means.items()}, total
 
     def _remember(self) -> None:
         """The passes of the first part made an update, those of the others are forgotten."""
@@ -244,8 +243,10 @@ class Stepper:
             total = loss
             for auxiliary in output.losses.values():
                 total = total + auxiliary
-            if into is None or into:
-                (total / (n_parts * len(micro_batches))).backward(inputs=into)
+            last = index == len(micro_batches) - 1
+            with self._exchange.during_backward() if self._exchange is not None and last else nullcontext():
+                if into is None or into:
+                    (total / (n_parts * len(micro_batches))).backward(inputs=into)
             sum_of_totals += total.detach()
             values = {"train_loss": loss, **output.losses}
             for name, value in output.metrics.items():

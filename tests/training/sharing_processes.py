@@ -16,7 +16,7 @@ from hrs.config import ExperimentConfig
 from hrs.data import TokenStore
 from hrs.errors import HRSError
 from hrs.training import Runtime, sharing, train
-from hrs.training.sharing import Workers, join
+from hrs.training.sharing import GradientExchange, Workers, join
 
 PATIENCE_SECONDS = 60.0
 
@@ -82,7 +82,9 @@ def shared_training(
     """Train to the end or to an error; (step, metrics) of every report, and the error's sentence.
 
     ``trouble`` befalls the second worker: ``poison`` makes its loss NaN at the third pass, ``small card`` gives it
-    memory for one window at a time, ``leave`` and ``drift`` make it fail or change a weight at the fourth pass.
+    memory for one window at a time, ``leave`` and ``drift`` make it fail or change a weight at the fourth pass,
+    ``late`` makes it send all gradients after its pass, and ``full in backward`` lets memory run out in the fourth
+    backward pass, when most gradients are made (``full in backward, late``: both).
     """
     reports, error = [], ""
     with _befall(trouble if not workers.first else ""):
@@ -100,18 +102,22 @@ def _befall(trouble: str) -> Iterator[None]:
 
     from hrs.training import step
 
-    real, passes = step.cross_entropy, [0]
+    real, passes, overlap = step.cross_entropy, [0], GradientExchange.during_backward
 
     def failing(unembed: Any, hidden: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         passes[0] += 1
         if passes[0] == 4 and trouble == "leave":
             raise HRSError("this worker has had enough")
-        if passes[0] == 4:
+        if passes[0] == 4 and trouble.startswith("full in backward"):
+            _run_out_once(next(unembed.__self__.parameters()))  # the tied embedding, whose gradient is the last
+        if passes[0] == 4 and trouble == "drift":
             with torch.no_grad():
                 next(unembed.__self__.parameters()).view(-1)[3] += 1e-3
         return real(unembed, hidden, *rest, **options)
 
-    if trouble in ("leave", "drift"):
+    if trouble.endswith("late"):
+        GradientExchange.during_backward = lambda self: nullcontext()
+    if trouble.startswith(("leave", "drift", "full in backward")):
         step.cross_entropy = failing
     if trouble == "poison":
         step.cross_entropy = _Poison({2})
@@ -119,7 +125,36 @@ def _befall(trouble: str) -> Iterator[None]:
         with _SmallCard(LOGITS) if trouble == "small card" else nullcontext():
             yield
     finally:
-        step.cross_entropy = real
+        step.cross_entropy, GradientExchange.during_backward = real, overlap
+
+
+def _run_out_once(parameter: nn.Parameter) -> None:
+    def hook(_: torch.Tensor) -> None:
+        handle.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+
+
+def sent_during_backward(
+    workers: Workers, config: ExperimentConfig, store: TokenStore, directory: Path, runtime: Runtime
+) -> list[tuple[int, int]]:
+    """Train; how many buckets were sent in each step during its backward pass, and after it."""
+    counts, send = [], GradientExchange._send
+
+    def counted(self: GradientExchange, number: int) -> None:
+        counts[-1][0 if self._listening else 1] += 1
+        send(self, number)
+
+    GradientExchange._send = counted
+    try:
+        steps = train(config, store, directory, runtime, workers=workers)
+        while True:
+            counts.append([0, 0])
+            if next(steps, None) is None:
+                return [(during, after) for during, after in counts[:-1]]
+    finally:
+        GradientExchange._send = send
 
 
 def exchanged(
@@ -134,5 +169,5 @@ def exchanged(
         "both": [torch.tensor(1.0 + workers.rank)],
         "several": [torch.tensor([workers.rank, 0.0]), torch.tensor([1.0, 0.0])][: 2 - workers.rank],
     } | ({} if workers.first else {"second": [torch.tensor(5.0)]})
-    means = workers.exchange(parameters, {id(parameters[i]) for i in unshared}, values)
+    means = GradientExchange(workers, parameters, {id(parameters[i]) for i in unshared}).finish(values)
     return [p.grad for p in parameters], {name: mean.tolist() for name, mean in means.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharing_processes import Pair, exchanged, shared_training
+from sharing_processes import Pair, exchanged, sent_during_backward, shared_training
 from test_training import LOGITS, _SmallCard
 from torch import Tensor
 from training_checks import different, largest_gap, weights
@@ -219,6 +219,58 @@ def test_what_a_model_remembers_is_the_first_workers(small_experiment, both_ways
 
 def test_a_worker_with_less_memory_takes_smaller_steps_alone(small_experiment, both_ways) -> None:
     assert both_ways(small_experiment(changes=QUIET | TWO), "small card") < 1e-6
+
+
+RESTING = [
+    {"name": "first", "frac": 0.5, "multipliers": [["engram", 0.0]]},
+    {"name": "second", "frac": 0.5, "freeze": ["engram.encoder"]},
+]
+
+
+def test_gradients_that_come_and_go_with_phases_are_exchanged(small_experiment, both_ways) -> None:
+    """In the first step of a phase other gradients are made than those that were sent during the pass before."""
+    assert both_ways(small_experiment("full_hrs", QUIET | TWO | {"training.phases": RESTING})) < 1e-6
+
+
+def test_gradients_sent_before_memory_ran_out_are_sent_again(
+    pair: Pair, small_experiment, small_store, tmp_path: Path
+) -> None:
+    """The repeated passes have smaller micro-batches and other noise, so that what was sent is not what was learned."""
+    config = small_experiment("dense_baseline", {"training.steps": 5, "model.dropout": 0.5} | TWO)
+    for name in ("full in backward", "full in backward, late"):
+        pair(shared_training, config, small_store, tmp_path / name, Runtime(device="cpu", log_every=1), name)
+    assert different(weights(tmp_path / "full in backward"), weights(tmp_path / "full in backward, late")) == []
+
+
+def test_buckets_are_sent_during_the_backward_pass(pair: Pair, small_experiment, small_store, tmp_path: Path) -> None:
+    config = small_experiment("full_hrs", QUIET | TWO | {"training.phases": RESTING})
+    runtime = Runtime(device="cpu", log_every=1)
+    for rank, counts in enumerate(pair(sent_during_backward, config, small_store, tmp_path, runtime)):
+        if rank == 0:  # the other one reports nothing, so that its steps cannot be told apart
+            (_, all_after), second, third, fourth = counts
+            assert counts[0][0] == 0 and all_after > 10
+            assert second == (all_after, 0)
+            assert fourth[1] == 0 and fourth[0] > 10
+            assert sum(third) == all_after + fourth[0], "a phase began: once as before, and once in other buckets"
+
+
+def test_when_a_worker_sends_does_not_matter(pair: Pair, small_experiment, small_store, tmp_path: Path) -> None:
+    """With all noise, unshared groups and a phase: the same bits."""
+    config = small_experiment("full_hrs", {"training.steps": 4, "training.phases": RESTING} | sharing("router"))
+    for name in ("", "late"):
+        pair(shared_training, config, small_store, tmp_path / f"run {name}", Runtime(device="cpu", log_every=1), name)
+    assert different(weights(tmp_path / "run "), weights(tmp_path / "run late")) == []
+
+
+def test_workers_agree_on_checkpoints_by_time(pair: Pair, small_experiment, small_store, tmp_path: Path) -> None:
+    """Their clocks differ, and only the first one is busy with writing."""
+    config = small_experiment("full_hrs", {"training.steps": 6} | sharing("expert"))
+    for name, minutes in (("often", 1e-9), ("once", 60.0)):
+        runtime = Runtime(device="cpu", log_every=1, checkpoint_minutes=minutes)
+        (reports, error), _ = pair(shared_training, config, small_store, tmp_path / name, runtime)
+        assert len(reports) == 6 and error == ""
+    assert [len(list((tmp_path / name / "checkpoints").iterdir())) for name in ("often", "once")] == [2, 1]
+    assert different(weights(tmp_path / "often"), weights(tmp_path / "once")) == []
 
 
 def test_all_skip_a_step_that_is_not_finite_for_one(pair: Pair, small_experiment, small_store, tmp_path: Path) -> None:
