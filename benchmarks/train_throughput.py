@@ -5,8 +5,8 @@
 All models take full steps on the same random tokens in one process, in alternation, on the CPU or one GPU:
 
 - ``hrs``: the step of ``hrs.training`` as every run takes it (:class:`hrs.training.step.Stepper` and
-  :func:`build_optimizer`): forward, loss, backward, norm of the gradient, check that loss and norm are finite, clipping,
-  fused AdamW over its parameter groups, diagnostics.
+  :func:`build_optimizer`): forward, loss, backward, norm of the gradient, check that loss and norm are finite,
+  clipping, fused AdamW over its parameter groups, diagnostics.
 - ``nanogpt`` and ``gpt2``: forward, loss, backward, fused AdamW. No clipping and no checks.
 
 A round is one step of each. The ratio of two models is the median over rounds of the ratio of their times: load on the
@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hrs.config import ExperimentConfig, ModelConfig
 from hrs.gpu import open_gpu
-from hrs.models import build_model
+from hrs.models import LanguageModel, build_model
 from hrs.presets import experiment
 from hrs.training.optimizer import build_optimizer, set_rates
 from hrs.training.step import Stepper
@@ -123,7 +123,7 @@ def plain_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) ->
     return step
 
 
-def hrs_step(config: ExperimentConfig, model: nn.Module, device: torch.device) -> Step:
+def hrs_step(config: ExperimentConfig, model: LanguageModel, device: torch.device) -> Step:
     """Return the step that a run of ``config`` takes."""
     optimizer = build_optimizer(model, config.training.optimizer)
     set_rates(optimizer, LR, {})
@@ -143,7 +143,7 @@ def build(config: ExperimentConfig, name: str, device: torch.device) -> tuple[nn
     if name == "nanogpt":
         nano = NanoGPT(config.model).to(device)
         return nano, plain_step(nano, lambda ids, targets: F.cross_entropy(nano(ids).flatten(0, 1), targets.flatten()))
-    gpt2 = gpt2_of(config.model).to(device)
+    gpt2 = gpt2_of(config.model).to(device)  # type: ignore[arg-type]
     # Labels are given already shifted, so all models predict the same tokens.
     return gpt2, plain_step(gpt2, lambda ids, targets: gpt2(input_ids=ids, labels=targets, shift_labels=targets).loss)
 
@@ -161,7 +161,11 @@ def median_interval(values: list[float]) -> tuple[float, float]:
 
 
 def measure(
-    steps: dict[str, Step], windows: Callable[[], Tensor], rounds: int, wait: Callable[[], None]
+    steps: dict[str, Step],
+    windows: Callable[[], Tensor],
+    rounds: int,
+    wait: Callable[[], None],
+    clock: Callable[[], float],
 ) -> dict[str, list[float]]:
     """Return the seconds of every step in ``rounds`` rounds, after some warm-up; the order rotates."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -170,11 +174,11 @@ def measure(
         window = windows()
         for name in names[i % len(names) :] + names[: i % len(names)]:
             wait()
-            start = time.perf_counter()
+            start = clock()
             steps[name](window)
             wait()
             if i >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -185,6 +189,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows per step")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each model")
     parser.add_argument("--repetitions", type=int, default=1, help="measure so many times, with new models each time")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what a step's seconds are")
     parser.add_argument("--models", default="nanogpt,gpt2", help="what to compare with, of nanogpt and gpt2")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -196,7 +201,8 @@ def main() -> None:
     shape = (args.batch, config.model.max_seq_len + 1)
     tokens = args.batch * config.model.max_seq_len
     names = ["hrs", *args.models.split(",")]
-    print(f"scale={args.scale} batch={args.batch} tokens/step={tokens} device={device} threads={args.threads}")
+    print(f"scale={args.scale} batch={args.batch} tokens/step={tokens} device={device}", end=" ")
+    print(f"threads={args.threads} clock={args.clock}")
     for repetition in range(args.repetitions):
         built = {name: build(config, name, device) for name in names}
         seconds = measure(
@@ -204,6 +210,7 @@ def main() -> None:
             lambda: torch.randint(config.model.vocab_size, shape, device=device),
             args.rounds,
             (lambda: None) if gpu is None else gpu.synchronize,
+            time.process_time if args.clock == "cpu" else time.perf_counter,
         )
         print(f"repetition {repetition + 1}:")
         for name, taken in seconds.items():

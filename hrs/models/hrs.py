@@ -15,6 +15,7 @@ from hrs.nn.attention import Attention
 from hrs.nn.block import Block, BlockCache, BlockStatistics
 from hrs.nn.cache import SlotTable
 from hrs.nn.cross_attention import CrossAttention
+from hrs.nn.dropout import Dropout
 from hrs.nn.engrams import EngramMechanism, build_engrams
 from hrs.nn.feedforward import FeedForward
 from hrs.nn.locality import LocalityHead
@@ -57,7 +58,7 @@ class HRSModel(LanguageModel):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.attention.positions == "learned"
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.engram = build_engrams(config)
         self.takes_memory = engram.kind == "retrieved"
         self.memory_slots = engram.slots if self.takes_memory else 0

@@ -18,6 +18,7 @@ from hrs.errors import HRSError
 from hrs.models.base import Cache, LanguageModel, ModelOutput, Unembedding, WindowContext
 from hrs.models.geometry import TokenGeometry
 from hrs.nn.cache import TailCache
+from hrs.nn.dropout import Dropout
 from hrs.nn.manifold import Hop, HopCache, HopStatistics, SharedLayers, WindowReader, per_token
 from hrs.nn.manifold.context import context_velocity, wide
 from hrs.nn.manifold.hop_cell import HopCell
@@ -72,7 +73,7 @@ class ManifoldModel(LanguageModel):
         )
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.fuse = nn.Linear(2 * d, d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.shared = SharedLayers(config)
         self.blocks = nn.ModuleList(Hop(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(d)

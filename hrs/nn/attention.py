@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.cache import KeyValueCache, KeyValueSlots, SlotTable
+from hrs.nn.cpu_attention import project_and_attend
+from hrs.nn.dropout import Dropout, draws_fast
 from hrs.nn.kernels import Dot, ProductKernel, attend_by_scores, build_kernel, coarse_and_rest
 
 _ALIGNMENT = 8
@@ -62,6 +64,10 @@ class RotaryEmbedding(nn.Module):
         unturned = torch.eye(2 * half, dtype=turned.dtype, device=turned.device).expand_as(turned)
         return torch.stack((turned, turned, unturned), dim=1).to(dtype)
 
+    def turns(self, positions: Tensor) -> Tensor:
+        """Return the same rotation as factors [n, d_head / 2] of complex numbers x_i + i x_(i + d_head / 2)."""
+        return torch.complex(self.cos[positions], self.sin[positions])
+
 
 def alibi_slopes(n_heads: int) -> Tensor:
     """[H], 2^(-8 h / H) for h from 0: how fast each head forgets. Press et al. (2022) start at h = 1, HRS at 0."""
@@ -102,7 +108,7 @@ class Attention(nn.Module):
         self.kernel = build_kernel(config)
         self.fused = isinstance(self.kernel, ProductKernel)
         self.scale = self.kernel.scale if isinstance(self.kernel, ProductKernel) else 1.0
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def new_cache(self, memory_positions: Tensor | None = None) -> KeyValueCache:
         """Return an empty cache for as many keys as there can be; ``memory_positions``: see :class:`KeyValueCache`."""
@@ -130,9 +136,17 @@ class Attention(nn.Module):
         Returns:
             [B, n, d], to be added to the residual stream.
         """
-        qkv = self._heads(self.qkv(x), 3)
-        q, k = self._turned(qkv[:2], positions).unbind(0)  # [B, H, n, d_head]
-        v = qkv[2]
+        dropout = self.dropout.p if self.training else 0.0
+        alone = cache is None and memory is None and query_scale is None
+        if alone and self._has_fast_training(x):
+            turns = None if self.rotary is None else self.rotary.turns(positions)
+            attended = project_and_attend(
+                x, self.qkv.weight, turns, n_heads=self.n_heads, scale=self.scale, dropout=dropout
+            )
+            return self.dropout(self.output(attended))
+        pair, v = self._heads(self.qkv(x), 3).split((2, 1))
+        q, k = self._turned(pair, positions).unbind(0)  # [B, H, n, d_head]
+        v = v.squeeze(0)
         key_positions = positions
         if memory is not None and memory_positions is not None:
             memory_k, memory_v = self._heads(F.linear(memory, self.qkv.weight[self.qkv.in_features :]), 2).unbind(0)
@@ -144,7 +158,6 @@ class Attention(nn.Module):
         if cache is not None:
             n_memory = 0 if memory_positions is None else len(memory_positions)
             k, v, key_positions = cache.append(k, v, key_positions, n_memory)
-        dropout = self.dropout.p if self.training else 0.0
         if self.fused:
             visible = None
             is_causal = k.shape[2] == q.shape[2]  # the tokens themselves are the only keys
@@ -236,6 +249,18 @@ class Attention(nn.Module):
             _, pairs = self._step_features(pairs[:, :1].transpose(1, 2), pairs, positions, None)
         rows = memory.rows.repeat_interleave(n_vectors)
         slots.write_memory(pairs, rows, memory.places.flatten())
+
+    def _has_fast_training(self, x: Tensor) -> bool:
+        """Return True if :mod:`hrs.nn.cpu_attention` computes a training pass over ``x`` alone."""
+        return (
+            self.training
+            and self.plain
+            and self.dropout.p < 1
+            and draws_fast(x)
+            and x.dtype in (torch.float32, torch.float64)
+            and x.dtype == self.qkv.weight.dtype
+            and not torch.is_autocast_enabled("cpu")
+        )
 
     def _features(
         self, q: Tensor, k: Tensor, v: Tensor, key_positions: Tensor, query_scale: Tensor | None

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.nn.cache import TailCache
+from hrs.nn.dropout import Dropout
 
 
 class CausalConv(nn.Module):
@@ -32,7 +33,7 @@ class ConvMixer(nn.Module):
         self.conv = CausalConv(d_model, kernel)
         self.output = nn.Linear(d_model, d_model, bias=False)
         self.norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def new_cache(self) -> TailCache:
         return self.conv.new_cache()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import ModelConfig
+from hrs.nn.dropout import Dropout
 
 
 class CrossAttention(nn.Module):
@@ -35,7 +36,7 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(d, d, bias=False)
         self.output = nn.Linear(d, d, bias=False)
         self.gate = nn.Parameter(torch.tensor(0.0 if self.as_original else 1.0))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     @torch.no_grad()
     def initialise(self) -> None:

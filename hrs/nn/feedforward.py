@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrs.nn.dropout import Dropout
+
 
 class FeedForward(nn.Module):
     """d -> d_ff -> d with GELU and no biases."""
@@ -11,7 +13,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(d_model, d_ff, bias=False)
         self.output = nn.Linear(d_ff, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised tokens [B, T, d] to [B, T, d], to be added to the residual stream."""

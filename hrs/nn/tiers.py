@@ -15,6 +15,7 @@ from hrs.config import ModelConfig
 from hrs.nn.attention import Attention
 from hrs.nn.cache import CachePart, KeyValueSlots, SlotPart, SlotTable, TailCache, TailSlots
 from hrs.nn.conv_mixer import CausalConv
+from hrs.nn.dropout import Dropout
 from hrs.nn.peer import Peer
 from hrs.nn.router import Router
 
@@ -28,7 +29,7 @@ class ConvTier(nn.Module):
         super().__init__()
         self.conv = CausalConv(d_model, kernel)
         self.norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def new_cache(self) -> TailCache:
         return self.conv.new_cache()
@@ -54,7 +55,7 @@ class ExpertTier(nn.Module):
         self.hidden = nn.Linear(d_model, n_experts * expert_hidden, bias=False)
         self.output = nn.Linear(n_experts * expert_hidden, d_model, bias=False)
         self.norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def new_cache(self) -> None:
         return None

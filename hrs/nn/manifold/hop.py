@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.cache import KeyValueCache, TailCache
+from hrs.nn.dropout import Dropout
 from hrs.nn.manifold.attention import ManifoldAttention
 from hrs.nn.manifold.context import ahead, context_velocity, unit, wide
 from hrs.nn.manifold.hop_cell import HopCell
@@ -80,7 +81,7 @@ class Hop(nn.Module):
         self.prior = nn.Parameter(torch.full((2,), _PRIOR_START))
         self.mixer_norm = nn.LayerNorm(d)
         self.mixer = SpectralMixer(d, n_coordinates)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
