@@ -1,6 +1,6 @@
 """Counts of token pairs: sorted keys in sparse matrices against dense V x V histograms, in time and memory.
 
-    python benchmarks/cooccurrence.py [--vocab-size 8192] [--tokens 524288] [--store FOLDER]
+    python -m benchmarks.cooccurrence [--vocab-size 8192] [--tokens 524288] [--store FOLDER]
 
 All ways count the same stream for offsets 1..10 in alternation, in one process and one thread, and must agree in every
 cell. ``histogram`` is what the original did: one ``numpy.bincount`` of V^2 cells for each offset, times its weight, and

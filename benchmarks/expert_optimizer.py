@@ -1,6 +1,6 @@
 """Lazy against dense AdamW on the two tables of a PEER layer: when is it worth touching only the rows that were hit?
 
-    python benchmarks/expert_optimizer.py [--threads 1] [--device cpu]
+    python -m benchmarks.expert_optimizer [--threads 1] [--device cpu]
 
 Both optimizers take steps on tables of their own in one process, in alternation, with the same gradients: those of
 ``--tokens`` tokens with ``--choices`` experts each, drawn uniformly or by Zipf's law. Prints a Markdown table: the

@@ -14,7 +14,12 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.train_throughput import gpt2_of
+try:
+    from benchmarks.train_throughput import gpt2_of
+except ModuleNotFoundError as error:
+    if error.name != "benchmarks":
+        raise
+    raise SystemExit("error: start this from the repository's root as python -m benchmarks.generate") from None
 from hrs.config import ModelConfig
 from hrs.generation import Sampling, generate
 from hrs.models import build_model

@@ -1,6 +1,6 @@
 """Attention kernels fused against the same kernels by explicit scores, forward and backward, on the CPU or one GPU.
 
-    python benchmarks/kernel_attention.py --length 512 --threads 1
+    python -m benchmarks.kernel_attention --length 512 --threads 1
 
 One layer per kernel (and ALiBi with the dot product) takes both ways in alternation on the same input, so that other
 load on the machine meets both alike. Prints median milliseconds, explicit / fused, and fused against the fused dot

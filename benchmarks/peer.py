@@ -1,7 +1,7 @@
 """One PEER layer, forward and backward: without copies of the chosen experts against with them, in time and memory.
 
-    python benchmarks/peer.py --threads 1
-    python benchmarks/peer.py --mode paper --threads 1 --steps 3
+    python -m benchmarks.peer --threads 1
+    python -m benchmarks.peer --mode paper --threads 1 --steps 3
 
 Defaults: 262,144 experts, width 1,024, 8 heads, top 16, 2,048 tokens, float32, CPU. Prints, for each variant, the
 median seconds of alternating passes, and two peaks of memory, both without parameters and inputs, each measured in a

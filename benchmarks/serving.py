@@ -39,7 +39,12 @@ import aiohttp
 import numpy as np
 import torch
 
-from benchmarks.servers import TEMPERATURE, TOP_K, Server, child, hrs_serve, serve_in_process, serve_plainly
+try:
+    from benchmarks.servers import TEMPERATURE, TOP_K, Server, child, hrs_serve, serve_in_process, serve_plainly
+except ModuleNotFoundError as error:
+    if error.name != "benchmarks":
+        raise
+    raise SystemExit("error: start this from the repository's root as python -m benchmarks.serving") from None
 from hrs.data import TokenStore, open_tokens
 from hrs.data.tokenization import end_of_text_id
 from hrs.export.artifact import load_artifact, write_artifact

@@ -1,6 +1,6 @@
 """Sparsemax by threshold search against the form that sorts, forward and backward, on the CPU or one GPU.
 
-    python benchmarks/sparsemax.py --elements 524288 --threads 1
+    python -m benchmarks.sparsemax --elements 524288 --threads 1
 
 Both take the same scores in alternation, so that other load on the machine meets both alike. Scores are normal with
 three spreads: the wider, the fewer entries have weight. Prints median milliseconds and sorted / searched.

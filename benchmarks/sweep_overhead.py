@@ -1,7 +1,7 @@
 """What the queue costs: the makespan of a sweep against the same trainings run bare, and Tune without warm actors.
 
-    python benchmarks/sweep_overhead.py                      # the eight tiny rows, some twenty minutes on two cores
-    python benchmarks/sweep_overhead.py --set training.steps=60 --scale tiny
+    python -m benchmarks.sweep_overhead                      # the eight tiny rows, some twenty minutes on two cores
+    python -m benchmarks.sweep_overhead --set training.steps=60 --scale tiny
 
 Prints, from one run: (1) the sum of the eight trainings, evaluations and audits run bare, one after the other, in one
 process with all cores; (2) the makespan of the same eight as a sweep; their ratio; (3) scheduler time per trial, from

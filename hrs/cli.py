@@ -10,6 +10,7 @@ import typer
 from hrs.config import ExperimentConfig, flatten, parse_assignments
 from hrs.errors import HRSError
 from hrs.presets import FAMILIES, PRESETS, STUDIES, compare, experiment, lineage
+from hrs.threads import set_threads
 
 app = typer.Typer(
     help="An experiment queue for language-model research: name ablations, get a table you can believe.",
@@ -44,6 +45,18 @@ Model = Annotated[
         help="A run's directory, one of its checkpoints, an artifact, or mlflow:NAME@ALIAS of the registry.",
     ),
 ]
+
+
+@app.callback()
+def options(
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of torch in this process; OMP_NUM_THREADS, or 1, if not given."),
+    ] = None,
+) -> None:
+    """An experiment queue for language-model research: name ablations, get a table you can believe."""
+    if threads is not None:
+        set_threads(threads)
 
 
 @app.command()

@@ -5,10 +5,15 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from hrs.errors import HRSError
+from hrs.threads import set_threads
 
 
 def run_entry(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and exit with its status; :class:`HRSError` is printed and becomes 2, Ctrl-C becomes 130."""
+    """Run ``main`` and exit with its status; :class:`HRSError` is printed and becomes 2, Ctrl-C becomes 130.
+
+    Torch has one thread in it unless ``OMP_NUM_THREADS`` says otherwise.
+    """
+    set_threads()
     try:
         status = main()
     except HRSError as error:

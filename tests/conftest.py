@@ -116,6 +116,14 @@ def pytest_fixture_setup(
 # ---- shared fixtures -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """Give torch its number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[ModuleType]:
     """A private Ray with four logical CPUs and two logical GPUs."""
