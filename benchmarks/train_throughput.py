@@ -7,7 +7,8 @@ All models take full steps on the same random tokens in one process, in alternat
 - ``hrs``: the step of ``hrs.training`` as every run takes it (:class:`hrs.training.step.Stepper` and
   :func:`build_optimizer`): forward, loss, backward, norm of the gradient, check that loss and norm are finite,
   clipping, fused AdamW over its parameter groups, diagnostics.
-- ``nanogpt`` and ``gpt2``: forward, loss, backward, fused AdamW. No clipping and no checks.
+- ``nanogpt`` and ``gpt2``: forward, loss, backward, clipping of the gradient's norm at the same limit, which nanoGPT's
+  training script and transformers' Trainer do by default, and fused AdamW. No checks and no diagnostics.
 
 A round is one step of each. The ratio of two models is the median over rounds of the ratio of their times: load on the
 machine that lasts longer than a round meets all of them alike. The interval is that of the median (95 %, from order
@@ -110,13 +111,14 @@ def gpt2_of(config: ModelConfig) -> GPT2LMHeadModel:
     )
 
 
-def plain_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """Return forward, ``loss_of(inputs, targets)`` of ids [B, T], backward and fused AdamW, nothing else."""
+def plain_step(model: nn.Module, clip_norm: float, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """Return forward, ``loss_of(inputs, targets)`` of ids [B, T], backward, clipping and fused AdamW, nothing else."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     model.train()
 
     def step(window: Tensor) -> None:
         loss_of(window[:, :-1], window[:, 1:].contiguous()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -140,12 +142,17 @@ def build(config: ExperimentConfig, name: str, device: torch.device) -> tuple[nn
     if name == "hrs":
         ours = build_model(config.model).to(device)
         return ours, hrs_step(config, ours, device)
+    clip_norm = config.training.optimizer.clip_norm
     if name == "nanogpt":
         nano = NanoGPT(config.model).to(device)
-        return nano, plain_step(nano, lambda ids, targets: F.cross_entropy(nano(ids).flatten(0, 1), targets.flatten()))
+        return nano, plain_step(
+            nano, clip_norm, lambda ids, targets: F.cross_entropy(nano(ids).flatten(0, 1), targets.flatten())
+        )
     gpt2 = gpt2_of(config.model).to(device)  # type: ignore[arg-type]
     # Labels are given already shifted, so all models predict the same tokens.
-    return gpt2, plain_step(gpt2, lambda ids, targets: gpt2(input_ids=ids, labels=targets, shift_labels=targets).loss)
+    return gpt2, plain_step(
+        gpt2, clip_norm, lambda ids, targets: gpt2(input_ids=ids, labels=targets, shift_labels=targets).loss
+    )
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
