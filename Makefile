@@ -6,17 +6,20 @@
 #   make fuzz         the property tests at random, with 20 times the examples; SEED=N repeats a run, ARGS="-k NAME" one test
 #   make test-gpu     what only a real NVIDIA GPU can show, in about ten minutes; ARGS="--only presets"
 #   make ui           MLflow over the same store
-#   make setup        only install; the other targets do it by themselves
+#   make setup        only install, with the torch that fits the NVIDIA driver; the other targets do it by themselves,
+#                     but only this one notices a new driver; CONSTRAINTS=constraints-cu12.txt overrules the choice
 #   make clean        remove the environment and the caches; results stay in the storage folder
 
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 5000
 ARGS ?=
+CONSTRAINTS ?=
 # Drawn once, unless the command line gives it.
 SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CHOOSE := $(PYTHON) choose_constraints.py --extras dev --constraints '$(CONSTRAINTS)'
 # uv knows nothing of pip's settings; an empty value is fine, a folder that is missing is not.
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
@@ -32,16 +35,19 @@ unexport RAY_ADDRESS
 
 .PHONY: setup demo check test test-fast test-gpu fuzz ui clean
 
-setup: $(STAMP)
+setup:
+	@[ ! -e $(STAMP) ] || [ "$$($(CHOOSE) 2>/dev/null)" = "$$(cat $(STAMP))" ] || rm $(STAMP)
+	@$(MAKE) --no-print-directory $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+$(STAMP): pyproject.toml constraints.txt constraints-cu12.txt requirements-data.txt choose_constraints.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $(PYTHON) is not Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(UV) --constraint constraints.txt --editable '.[dev]'
+	@chosen=$$($(CHOOSE)) && set -- $$chosen \
+		&& $(UV) --constraint "$$1" --editable ".[$$2]" && echo "$$chosen" > $@.part
 	$(UV) --no-deps --requirement requirements-data.txt
-	@touch $@
+	@mv $@.part $@
 
 demo: $(STAMP)
 	@$(BIN)/python jobs/demo.py $(ARGS)

@@ -14,7 +14,9 @@ import pytest
 import typer
 import yaml
 
+from choose_constraints import CUDA_12, CUDA_13
 from hrs.cli import app
+from hrs.cluster.hardware import announced_nodes
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -48,16 +50,20 @@ def test_cluster_file_for_the_cloud_is_valid_once_its_comments_are_uncommented()
     for block in re.findall(r"^# (?:provider|available_node_types):\n(?:^# .*\n)*", text, re.MULTILINE):
         values |= yaml.safe_load(re.sub(r"^# ", "", block, flags=re.MULTILINE))
     assert values["provider"]["type"] == "aws"
+    values["max_workers"] = 4
     config = launcher_config(yaml.safe_dump(values))
     assert config["head_node_type"] == "head"
-    assert config["available_node_types"]["card"]["max_workers"] == 4
+    assert config["available_node_types"]["gpu"]["max_workers"] == 4
+    nodes = announced_nodes(config)  # what a study is planned for before any of them runs
+    assert [(len(node.gpus), node.cpus, node.gpus[0].name) for node in nodes] == [(1, 8, "A10G")] * 4
+    assert "HRS_CLUSTER_CONFIG=$HOME/ray_bootstrap_config.yaml" in values["head_start_ray_commands"][-1]
 
 
 def test_cluster_file_mounts_what_its_commands_install_from() -> None:
     values = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
     mounted = {Path(source).name for source in values["file_mounts"].values()}
     commands = "\n".join(values["setup_commands"])
-    for name in re.findall(r"[\w-]+\.(?:toml|txt)", commands):
+    for name in {CUDA_12, CUDA_13, *re.findall(r"[\w-]+\.(?:toml|txt|py)", commands)}:
         assert name in mounted
         assert (ROOT / name).exists()
 
