@@ -60,7 +60,8 @@ class CrossAttention(nn.Module):
         mask = None
         if self.by_slot:
             # A row without any slot reads all of them, for a softmax over nothing is not a number, and forgets it.
-            mask = (present[:, None, None] | ~some[..., None]).expand(len(x), 1, x.shape[1], -1)  # [B, 1, n, S]
+            # One row for all queries: kernels that turn it into numbers write [B, S] of them, not [B, n, S].
+            mask = present[:, None, None] | ~some[..., None]  # [B or 1, 1, 1, S]
         p = self.dropout.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         output = self.dropout(self.output(attended.transpose(1, 2).flatten(2)))

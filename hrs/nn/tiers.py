@@ -64,8 +64,10 @@ class ExpertTier(nn.Module):
         weight, chosen = self.gate(x).softmax(dim=-1).max(dim=-1, keepdim=True)  # [B, T, 1]
         if self.renormalise_gate:
             weight = weight / (weight + 1e-8)
-        is_chosen = F.one_hot(chosen.squeeze(-1), self.n_experts).to(x.dtype)  # [B, T, n_experts]
-        hidden = F.gelu(self.hidden(x)).unflatten(-1, (self.n_experts, -1)) * is_chosen.unsqueeze(-1)
+        hidden = F.gelu(self.hidden(x)).unflatten(-1, (self.n_experts, -1))
+        # In the type of the hidden units: one in that of x, float32 under autocast, would widen all of them.
+        is_chosen = F.one_hot(chosen.squeeze(-1), self.n_experts).to(hidden.dtype)  # [B, T, n_experts]
+        hidden = hidden * is_chosen.unsqueeze(-1)
         # The weight comes after the norm: in front of it, scale has no effect and the gate would not learn.
         return self.dropout(weight * self.norm(self.output(hidden.flatten(-2))))
 

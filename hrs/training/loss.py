@@ -30,6 +30,8 @@ class Chunking:
     """Logits held at once."""
     multiple: int = 1
     """The vocabulary is padded to a multiple of this inside the loss, the rows of a chunk are rounded down to one."""
+    plain: int = 0
+    """Batches of fewer logits are left to autograd, which calls fewer operators."""
 
     def rows(self, n: int, vocab_size: int) -> int:
         """Return the rows per chunk of ``n`` rows: at least 1, all chunks but the last alike."""
@@ -39,7 +41,7 @@ class Chunking:
         return most // self.multiple * self.multiple or most
 
 
-CPU_CHUNKING = Chunking(logits=2**24)
+CPU_CHUNKING = Chunking(logits=2**24, plain=2**19)
 GPU_CHUNKING = Chunking(logits=2**26, multiple=128)
 """256 MiB of float32 and 128 MiB of bfloat16. At 50,257 ids a chunk has 1,280 rows: enough arithmetic per byte of the
 weight and of its gradient, which every chunk reads and writes once. Tensor cores want rows of a multiple of 16 bytes,
@@ -66,7 +68,7 @@ def cross_entropy(
     Targets of :data:`IGNORED` add nothing, but count in the denominator of the mean. Gradients can be taken once.
 
     Args:
-        unembed: gives logits [..., V]; must not draw random numbers. Not called if ``unembedding`` is given.
+        unembed: gives logits [..., V]; must not draw random numbers.
         hidden: states [B, T, k].
         targets: token ids [B, T].
         vocab_size: V.
@@ -75,7 +77,7 @@ def cross_entropy(
         chunking: pieces in which logits [B * T, V] are computed.
     """
     rows, labels = hidden.flatten(0, 1), targets.flatten()  # [B * T, k], [B * T]
-    if unembedding is None:
+    if unembedding is None or len(rows) * vocab_size < chunking.plain:
         total = _recomputed(unembed, rows, labels, label_smoothing, chunking.rows(len(rows), vocab_size))
     else:
         dtype = _type_of_computation(rows)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hrs.models import build_model
 from hrs.models.base import Unembedding
 from hrs.presets import experiment
-from hrs.training.loss import IGNORED, Chunking, cross_entropy
+from hrs.training.loss import CPU_CHUNKING, IGNORED, Chunking, cross_entropy
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -91,9 +91,17 @@ def _reference(hidden: Tensor, unembedding: Unembedding, targets: Tensor, label_
 
 
 def _fused(hidden: Tensor, unembedding: Unembedding, targets: Tensor, **options: object) -> Tensor:
+    options = {"chunking": Chunking(logits=2**24)} | options
     return cross_entropy(
         _logits_are_not_wanted, hidden, targets, vocab_size=len(unembedding.weight), unembedding=unembedding, **options
     )
+
+
+def test_the_cpu_leaves_few_logits_to_autograd() -> None:
+    hidden, weight, targets = _case()
+    with pytest.raises(AssertionError, match="without its logits"):
+        _fused(hidden, Unembedding(weight), targets, chunking=CPU_CHUNKING)
+    assert CPU_CHUNKING.plain <= 4 * 128 * 2048  # not those of a step at tiny
 
 
 @pytest.mark.parametrize("multiple", [1, 4, V, 64])
