@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 import hrs.training.step
 from hrs.config import ExperimentConfig
@@ -175,16 +175,6 @@ class KernelTrace(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._alive.append(storage)
         return int(storage._cdata)
-
-
-@register_flop_formula(torch.ops.hrs.half_product)
-def _half_product_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-@register_flop_formula(torch.ops.hrs.add_half_product)
-def _add_half_product_flops(total: Sequence[int], a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
 
 
 def launches_kernel(func: Any) -> bool:

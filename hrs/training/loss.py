@@ -7,7 +7,7 @@ per chunk, and the weight's gradient summed in float32. Other output layers are 
 in the backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
 
 from hrs.models.base import Unembedding
 
@@ -286,3 +287,13 @@ def _add_half_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @_add_half_product.register_fake
 def _(total: Tensor, a: Tensor, b: Tensor) -> None:
     return None
+
+
+@register_flop_formula(torch.ops.hrs.half_product)
+def _half_product_flops(a: Sequence[int], b: Sequence[int], **_: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+@register_flop_formula(torch.ops.hrs.add_half_product)
+def _add_half_product_flops(total: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]

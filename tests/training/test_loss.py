@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hrs.models import build_model
 from hrs.models.base import Unembedding
@@ -187,6 +188,9 @@ def test_three_products_and_one_copy_of_the_weight_however_many_chunks() -> None
     with torch.autocast("cpu", torch.bfloat16), _Calls() as calls, _LargestTensor() as largest:
         _fused(hidden, Unembedding(weight), targets, chunking=Chunking(logits=3 * V)).backward()
     assert calls.n["hrs::half_product"] == 2 * 7 and calls.n["hrs::add_half_product"] == 7
+    with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as flops:
+        _fused(hidden, Unembedding(weight), targets, chunking=Chunking(logits=3 * V)).backward()
+    assert flops.get_total_flops() == 3 * 2 * B * T * V * D
     assert largest.numel == B * T * D  # of 231 logits, 33 at a time
 
 
