@@ -94,6 +94,9 @@ class Cuda:
     def device_count(self) -> int:
         return torch.cuda.device_count()
 
+    def allow_tf32(self) -> None:
+        torch.set_float32_matmul_precision("high")
+
     def current_device(self) -> int:
         return torch.cuda.current_device()
 
@@ -243,7 +246,8 @@ nvml: Nvml = Nvml()
 class Gpu:
     """One GPU opened by this process.
 
-    Opening initialises CUDA and makes the GPU the current one, so every method is valid at any time.
+    Opening initialises CUDA and makes the GPU the current one, so every method is valid at any time. Products of
+    float32 matrices use TF32 from then on (10 bits of mantissa, where the GPU has it), which is several times as fast.
 
     Raises:
         HRSError: if the GPU does not exist or CUDA cannot be initialised.
@@ -260,6 +264,7 @@ class Gpu:
             if not 0 <= index < count:
                 raise HRSError(f"device cuda:{index} does not exist: there are {count} GPUs, numbered from 0")
             cuda.set_device(self._device)
+            cuda.allow_tf32()
         except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
             raise HRSError(f"GPU {index} cannot be opened ({_first_line(error)}): check `nvidia-smi`") from error
 

@@ -96,6 +96,7 @@ class SimulatedCuda(Cuda):
         self.out_of_memory = "caching allocator"
         """Key of :data:`OUT_OF_MEMORY`: how an allocation beyond the memory fails."""
         self.counter: StorageCounter | None = None
+        self.tf32 = False
         self._opened: set[int] = set()
         self._current = 0
         self._initialized = False
@@ -128,6 +129,9 @@ class SimulatedCuda(Cuda):
     def set_device(self, device: torch.device) -> None:
         self._current = self._index("set_device", device, optional=True)
         self._opened.add(self._current)
+
+    def allow_tf32(self) -> None:
+        self.tf32 = True
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 

@@ -131,8 +131,9 @@ class TrainingConfig:
     """Windows per step: the effective batch. How it is split into micro-batches is not part of a run's identity."""
     label_smoothing: float = 0.0
     """Share of the target spread over the vocabulary."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast; ``auto`` is bf16 on CUDA and fp32 on the CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast; ``auto`` is fp32 on the CPU, and on a GPU bf16 if it computes that in hardware (compute capability 8.0
+    or later), else fp16. fp16 scales the loss, and needs a GPU."""
     validations: int = 10
     """Times the validation loss is taken during training."""
     validation_windows: int = 0

@@ -36,7 +36,7 @@ from hrs.training.progress import Progress, TrainingSummary, memory_in_use_bytes
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.requirements import require_trainable
 from hrs.training.retrieval import TrainingMemories, start_from
-from hrs.training.runtime import DEFAULT_RUNTIME, Runtime
+from hrs.training.runtime import DEFAULT_RUNTIME, Runtime, half_type
 from hrs.training.schedule import lr
 from hrs.training.sharing import Workers, checksums
 from hrs.training.step import REMEDY, Stepper, largest_divisor
@@ -120,6 +120,7 @@ class _Run:
         self.config, self.store, self.directory, self.runtime = config, store, directory, runtime
         self.workers, self.first = workers, workers is None or workers.first
         self.device = runtime.torch_device()
+        half_type(training.precision, self.device)  # refuses what the device cannot compute, before anything is built
         gpu = gpu_of(self.device)
         if gpu is not None:
             gpu.release_cached_memory()  # a warm process has trained other runs
@@ -164,6 +165,8 @@ class _Run:
             compile_may_fail=runtime.compile is None,
             workers=workers,
         )
+        if self.stepper.loss_scale is not None and state.get("loss_scale"):
+            self.stepper.loss_scale.restore(state["loss_scale"])
         self.writer = CheckpointWriter(
             self.directory, self.model, self.optimizer, self.device, self.averages, gpu_of(self.device)
         )
@@ -208,12 +211,14 @@ class _Run:
             diagnostics = self.stepper.step(*self.batches.of(step))
             if self.first and diagnostics is not None:
                 self.interval.add(diagnostics)
-            self._count(step, taken=diagnostics is not None)
+            scaled_too_much = self.stepper.overflowed is not None and bool(self.stepper.overflowed)
+            self._count(step, taken=diagnostics is not None, excused=scaled_too_much)
             return diagnostics is not None
         diagnostics, taken = self.stepper.step_without_waiting(*self.batches.of(step))
         if self.first:
             self.interval.add(diagnostics, taken)
-        self.unchecked.append(taken)
+        excused = self.stepper.overflowed
+        self.unchecked.append(torch.stack([taken, torch.zeros_like(taken) if excused is None else excused]))
         if len(self.unchecked) >= self.check_every:
             self._check(step + 1)
         return taken
@@ -222,11 +227,14 @@ class _Run:
         """Wait for the device and count the steps, up to ``steps`` in all, that it has not told about."""
         flags = torch.stack(self.unchecked).tolist() if self.unchecked else []
         self.unchecked.clear()
-        for step, taken in enumerate(flags, steps - len(flags)):
-            self._count(step, taken=taken)
+        for step, (taken, excused) in enumerate(flags, steps - len(flags)):
+            self._count(step, taken=taken, excused=excused)
 
-    def _count(self, step: int, *, taken: bool) -> None:
+    def _count(self, step: int, *, taken: bool, excused: bool) -> None:
+        """Count a step; one that the loss scale skipped, ``excused``, is no sign of divergence."""
         self.skipped += not taken
+        if excused:
+            return
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise HRSError(
@@ -345,6 +353,7 @@ class _Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "peak_memory_bytes": self.peak_memory_bytes,
             "micro_batch": self.stepper.micro_batch,
+            "loss_scale": self.stepper.loss_scale and self.stepper.loss_scale.state(),
             "interval": self.interval.state(),
             "kept": self.averages.kept and self.averages.kept.facts(),
         }

@@ -101,10 +101,10 @@ def _traced(
         raise HRSError(f"micro_batch {micro_batch} must divide training.batch_sequences {batch}")
     on_cuda = _on_gpu(runtime)
     precision = config.training.precision
-    bf16 = precision == "bf16" or (precision == "auto" and on_cuda)
+    half = precision in ("bf16", "fp16") or (precision == "auto" and on_cuda)
     # Only what shapes a step is left in the key, so that a whole study shares its traces.
     training = TrainingConfig(
-        precision="bf16" if bf16 else "fp32",
+        precision="bf16" if half else "fp32",  # fp16 takes as many bytes
         label_smoothing=config.training.label_smoothing,
         optimizer=config.training.optimizer,
     )

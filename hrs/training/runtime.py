@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hrs.errors import HRSError
-from hrs.gpu import open_gpu
+from hrs.gpu import gpu_of, open_gpu
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +118,20 @@ def missing_compiler() -> str | None:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision of a forward pass: ``fp32``, ``bf16``, or ``auto`` (bf16 on CUDA, fp32 elsewhere)."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Return a context manager for a forward pass in ``training.precision``; see :func:`half_type`."""
+    dtype = half_type(precision, device)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def half_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the half-precision type that ``training.precision`` means on ``device``; None for float32.
+
+    Raises:
+        HRSError: for ``fp16`` on the CPU, whose products of float16 matrices are slow and overflow.
+    """
+    gpu = gpu_of(device)
+    if precision == "auto":
+        precision = "fp32" if gpu is None else "bf16" if gpu.bf16 else "fp16"
+    if precision == "fp16" and gpu is None:
+        raise HRSError("training.precision=fp16 needs a GPU: on the CPU choose auto, fp32 or bf16")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,7 +1,6 @@
 """One optimiser step: micro-batches, recovery from out-of-memory, and a guard against non-finite updates."""
 
 import logging
-import math
 from contextlib import nullcontext
 
 import torch
@@ -12,9 +11,10 @@ from hrs.config import TrainingConfig
 from hrs.gpu import explain, gpu_of, is_gone
 from hrs.models.base import LanguageModel, WindowContext
 from hrs.training.loss import Chunking, chunking_for, cross_entropy
+from hrs.training.loss_scale import LossScale
 from hrs.training.optimizer import clip_gradients, gradient_norm
 from hrs.training.randomness import get_rng, set_rng
-from hrs.training.runtime import autocast
+from hrs.training.runtime import autocast, half_type
 from hrs.training.sharing import GradientExchange, Workers, unshared_parameters
 
 _log = logging.getLogger(__name__)
@@ -64,6 +64,9 @@ class Stepper:
         self.micro_batch = micro_batch
         self.workers = workers
         self.chunking = chunking or chunking_for(device)
+        self.loss_scale = LossScale(device) if half_type(config.precision, device) is torch.float16 else None
+        self.overflowed: Tensor | None = None
+        """Whether the last step was skipped by the loss scale, a boolean scalar on the device; None without one."""
         self._parameters = list(model.parameters())
         self._unshared = unshared_parameters(model.parameter_groups(), config.sharing)
         self._exchange: GradientExchange | None = None
@@ -85,8 +88,7 @@ class Stepper:
             HRSError: if even one window at a time does not fit the memory.
         """
         diagnostics, total, norm = self._everyones_gradients(tokens, context)
-        # The only wait for the device in a step.
-        finite = all(map(math.isfinite, torch.stack([norm, total]).tolist()))
+        finite = bool(self._finite(norm, total))  # the only wait for the device in a step
         if finite:
             self._apply(norm)
             self._remember()
@@ -104,7 +106,7 @@ class Stepper:
             If it was not, neither weights nor moments have changed.
         """
         diagnostics, total, norm = self._everyones_gradients(tokens, context)
-        taken = norm.isfinite() & total.isfinite()
+        taken = self._finite(norm, total)
         # What torch's fused optimisers look at in their kernels, as they do for a gradient scaler.
         self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
         try:
@@ -124,7 +126,17 @@ class Stepper:
             means = self._exchange.finish(diagnostics | {_TOTAL: [total]})
             total = means.pop(_TOTAL)[0]
             diagnostics = {name: [mean] for name, mean in means.items()}
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(self._parameters)
         return diagnostics, total, gradient_norm(self.optimizer)
+
+    def _finite(self, norm: Tensor, total: Tensor) -> Tensor:
+        """Return whether the step can be taken, a boolean scalar on the device; adapts the loss scale."""
+        finite = norm.isfinite() & total.isfinite()
+        if self.loss_scale is not None:
+            self.overflowed = self.loss_scale.overflowed(total, norm)
+            self.loss_scale.update(finite)
+        return finite
 
     def _apply(self, norm: Tensor) -> None:
         if self.config.optimizer.clip_norm:
@@ -246,7 +258,8 @@ class Stepper:
             last = index == len(micro_batches) - 1
             with self._exchange.during_backward() if self._exchange is not None and last else nullcontext():
                 if into is None or into:
-                    (total / (n_parts * len(micro_batches))).backward(inputs=into)
+                    share = total / (n_parts * len(micro_batches))
+                    (share if self.loss_scale is None else share * self.loss_scale.scale).backward(inputs=into)
             sum_of_totals += total.detach()
             values = {"train_loss": loss, **output.losses}
             for name, value in output.metrics.items():

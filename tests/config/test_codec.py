@@ -51,7 +51,7 @@ def test_all_bad_overrides_are_named_at_once() -> None:
     message = str(caught.value)
     assert "model.n_layers must be a value of type int, got 'six'" in message
     assert "unknown field model.depth" in message
-    assert "training.precision must be one of auto, fp32, bf16, got 'fp8'" in message
+    assert "training.precision must be one of auto, fp32, bf16, fp16, got 'fp8'" in message
 
 
 @pytest.mark.parametrize(
