@@ -92,7 +92,7 @@ class Kernel:
 
 _FREE = {
     "_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided",
-    "set_",
+    "promote_types", "set_",
 }  # fmt: skip
 """Operators besides views that launch nothing."""
 _FUSED_BY_COMPILERS = {

@@ -25,13 +25,13 @@ from hrs.generation.decoding import (
     Best,
     SampledToken,
     default_keep,
-    describe,
     finish_reason,
     generate,
-    last_logits,
+    sample,
     window_length,
 )
-from hrs.generation.sampling import Sampling, next_tokens
+from hrs.generation.inference import Inference, SlotDecoder
+from hrs.generation.sampling import Sampling
 from hrs.models.base import Cache, LanguageModel, SlotCache
 
 PREFILL_TOKENS = 256
@@ -107,8 +107,10 @@ class ContinuousBatch:
         self._keep = default_keep(model) if keep is None else keep
         self._check([], Sampling())
         self._prefill_tokens = prefill_tokens
-        self._device = next(model.parameters()).device
-        self._slots: SlotCache | None = model.new_slots(n_slots) if model.batches_ragged else None
+        self._inference = Inference(model)
+        self._device = self._inference.device
+        self._together = SlotDecoder(self._inference, n_slots) if model.batches_ragged else None
+        self._slots: SlotCache | None = None if self._together is None else self._together.slots
         self._seated: list[_Request] = []
         """Those in a slot, by slot."""
         self._active: dict[int, _Request] = {}
@@ -227,8 +229,8 @@ class ContinuousBatch:
             elif request.cache is not None and request.position and request.n_unread == 1:
                 self._take_seat(request)
         drawing, scores = list(self._seated), []
-        if self._slots is not None and drawing:
-            scores.append(last_logits(self._model, [request.read[-1:] for request in drawing], self._slots))
+        if self._together is not None and drawing:
+            scores.append(self._together.step([request.read[-1] for request in drawing]))
             for request in drawing:
                 request.position += 1
         for request, logits in self._read_alone():
@@ -236,7 +238,8 @@ class ContinuousBatch:
             scores.append(logits)
         if not drawing:
             return []
-        return sorted(self._sample(drawing, torch.cat(scores)), key=lambda token: token.row)
+        logits = scores[0] if len(scores) == 1 else torch.cat(scores)
+        return sorted(self._sample(drawing, logits), key=lambda token: token.row)
 
     def _read_alone(self) -> list[tuple[_Request, Tensor]]:
         """One piece for each request with a cache of its own; those that have read all, and their logits [1, V]."""
@@ -252,7 +255,7 @@ class ContinuousBatch:
             if n == 0:
                 continue
             begin = request.start + request.position
-            logits = last_logits(self._model, [request.read[begin : begin + n]], request.cache)
+            logits = self._inference.read([request.read[begin : begin + n]], request.cache)
             request.position += n
             if request.n_unread == 0:
                 done.append((request, logits))
@@ -260,16 +263,17 @@ class ContinuousBatch:
 
     def _sample(self, drawing: list[_Request], logits: Tensor) -> list[SampledToken]:
         """The next token of each request, from its row of logits [B, V]; one call per way to sample."""
-        uniforms = torch.tensor([r.random.random() for r in drawing], dtype=torch.float64, device=self._device)
+        chances = np.array([request.random.random() for request in drawing])
+        uniforms = self._inference.upload(chances.view(np.int64)).view(torch.float64)
         groups: dict[Sampling, list[int]] = {}
         for row, request in enumerate(drawing):
             groups.setdefault(request.way, []).append(row)
-        ids = torch.empty(len(drawing), dtype=torch.int64, device=self._device)
+        ways: list[tuple[Sampling, Tensor | None, Tensor | None]] = []
         for way, rows in groups.items():
             seen = [request.seen for row in rows if (request := drawing[row]).seen is not None]
-            which: list[int] | slice = rows if len(groups) > 1 else slice(None)
-            ids[which] = next_tokens(logits[which], uniforms[which], way, torch.stack(seen) if seen else None)
-        told = describe(ids, logits, [request.n_best for request in drawing])
+            which = self._inference.upload(np.array(rows)) if len(groups) > 1 else None
+            ways.append((way, which, torch.stack(seen) if seen else None))
+        _, told = sample(logits, uniforms, ways, [request.n_best for request in drawing])
         return [self._append(request, *drawn) for request, drawn in zip(drawing, told, strict=True)]
 
     def _append(self, request: _Request, token: int, log_prob: float, entropy: float, best: Best) -> SampledToken:
@@ -297,7 +301,7 @@ class ContinuousBatch:
         if request.start and (most := self._model.history_tokens):
             before = request.read[max(request.start - most, 0) : request.start]
             history = torch.tensor([[-1] * (most - len(before)) + before], device=self._device)
-        request.cache = self._model.new_cache(1, history)
+        request.cache = self._inference.new_cache(1, history)
         request.cache.memory = None if request.memory is None else request.memory[None]
 
     def _take_seat(self, request: _Request) -> None:

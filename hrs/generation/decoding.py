@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hrs.errors import HRSError
+from hrs.generation.inference import Inference, SlotDecoder
 from hrs.generation.sampling import Sampling, next_tokens
-from hrs.models.base import Cache, LanguageModel
+from hrs.models.base import LanguageModel
 
 FinishReason = Literal["stop", "length", "end_of_text"]
 
@@ -134,7 +135,8 @@ class Generation(Iterator[Step]):
     ) -> None:
         self._model, self._rows, self._sampling, self._end_id, self._keep = model, rows, sampling, end_id, keep
         self._n_best = n_best
-        self._device = next(model.parameters()).device
+        self._inference = Inference(model)
+        self._device = self._inference.device
         self._steps = self._run()
 
     def __next__(self) -> Step:
@@ -153,13 +155,20 @@ class Generation(Iterator[Step]):
         size = self._model.max_seq_len
         for row in rows:
             row.start = len(row.text) - window_length(len(row.text), size, self._keep)
-        cache = self._model.new_cache(len(rows), self._history(rows))
+        cache, together = self._inference.new_cache(len(rows), self._history(rows)), None
         seen = self._seen(rows)
         most = max(_MAX_LOGITS // (len(rows) * self._model.vocab_size), 1)
         position = 0
         while position < size and any(row.active for row in rows):
-            n = min(most, *(len(row.text) - row.start - position for row in rows if row.active))
-            logits = last_logits(self._model, [self._piece(row, position, n) for row in rows], cache)
+            unread = [len(row.text) - row.start - position for row in rows if row.active]
+            if together is None and position > 0 and max(unread) == 1 and self._model.batches_ragged:
+                together = SlotDecoder(self._inference, len(rows))
+                together.slots.join(cache)
+            n = min(most, *unread)
+            if together is None:
+                logits = self._inference.read([self._piece(row, position, n) for row in rows], cache)
+            else:
+                logits = together.step([row.text[-1] for row in rows])
             position += n
             drawing = [i for i, row in enumerate(rows) if row.active and len(row.text) == row.start + position]
             if drawing:
@@ -186,16 +195,21 @@ class Generation(Iterator[Step]):
             seen[i, row.text] = True
         return seen.to(self._device)
 
-    @torch.no_grad()
     def _sample(self, rows: list[_Row], drawing: list[int], logits: Tensor, seen: Tensor | None) -> Step:
-        if len(drawing) < len(rows):
-            logits = logits[drawing]
-        uniforms = torch.tensor([rows[i].random.random() for i in drawing], dtype=torch.float64, device=self._device)
-        ids = next_tokens(logits, uniforms, self._sampling, None if seen is None else seen[drawing])
+        """The next token of the rows that are ``drawing``. Others are sampled too, and forgotten: to leave them out
+        would copy what is large."""
+        chances, n_best = np.zeros(len(rows)), [0] * len(rows)
+        for i in drawing:
+            chances[i], n_best[i] = rows[i].random.random(), self._n_best
+        uniforms = self._inference.upload(chances.view(np.int64)).view(torch.float64)
+        ids, told = sample(logits, uniforms, [(self._sampling, None, seen)], n_best)
         if seen is not None:
-            seen[drawing, ids] = True
-        told = describe(ids, logits, [self._n_best] * len(drawing))
-        return [self._append(rows[i], *drawn) for i, drawn in zip(drawing, told, strict=True)]
+            drawn = np.zeros(len(rows), dtype=np.int64)
+            drawn[drawing] = 1
+            seen |= torch.zeros_like(seen).scatter_(
+                1, ids.unsqueeze(1), self._inference.upload(drawn).bool().unsqueeze(1)
+            )
+        return [self._append(rows[i], *told[i]) for i in drawing]
 
     def _append(self, row: _Row, token: int, log_prob: float, entropy: float, best: Best) -> SampledToken:
         row.text.append(token)
@@ -209,24 +223,52 @@ class Generation(Iterator[Step]):
 
 
 @torch.no_grad()
-def last_logits(model: LanguageModel, pieces: Sequence[Sequence[int]], cache: Cache) -> Tensor:
-    """Logits [B, V] after the last of each row's next tokens, which are read."""
-    logits = model.decode(torch.tensor(pieces, device=next(model.parameters()).device), cache).logits
-    assert logits is not None
-    last = logits[:, -1]
-    return last.to(torch.promote_types(last.dtype, torch.float32))  # bf16 is too coarse for a distribution
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    ways: Sequence[tuple[Sampling, Tensor | None, Tensor | None]],
+    n_best: Sequence[int],
+) -> tuple[Tensor, list[tuple[int, float, float, Best]]]:
+    """Draw the next token of each row.
 
+    The host waits for the device once, and twice more if a row wants the likeliest tokens.
 
-def describe(ids: Tensor, logits: Tensor, n_best: Sequence[int]) -> list[tuple[int, float, float, Best]]:
-    """Of each row its token out of ``ids`` [B], the log-probability in nats and the entropy in bits of the distribution
-    it was drawn from, logits [B, V], and the ``n_best`` [B] likeliest tokens of that."""
+    Args:
+        logits: [B, V].
+        uniforms: [B] float64, the chance of each row.
+        ways: how to sample which rows, int64 [R] on the device or None for all, and what their texts have [R, V], see
+            :func:`hrs.generation.sampling.next_tokens`.
+        n_best: [B], how many of the likeliest tokens each row wants to know.
+
+    Returns:
+        The ids [B] on the device; and of each row the id, its log-probability in nats and the entropy in bits of the
+        distribution it was drawn from, and the likeliest tokens of that.
+    """
     log_p = logits.log_softmax(dim=-1)
-    entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(2)
-    chosen = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    # All that Python needs in one copy: each costs a wait for the device. Ids are exact in float64.
-    told = torch.stack((ids.double(), chosen.double(), entropy.double())).tolist()
+    if len(ways) == 1:
+        ids = next_tokens(logits, uniforms, ways[0][0], ways[0][2], log_p)
+    else:
+        ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        for way, rows, seen in ways:
+            ids[rows] = next_tokens(logits[rows], uniforms[rows], way, seen, log_p[rows])
+    return ids, describe(ids, logits, n_best, log_p)
+
+
+def describe(
+    ids: Tensor, logits: Tensor, n_best: Sequence[int], log_p: Tensor | None = None
+) -> list[tuple[int, float, float, Best]]:
+    """Of each row its token out of ``ids`` [B], the log-probability in nats and the entropy in bits of the distribution
+    it was drawn from, logits [B, V], and the ``n_best`` [B] likeliest tokens of that. ``log_p`` is its log-softmax."""
+    log_p = logits.log_softmax(dim=-1) if log_p is None else log_p
+    nats = torch.linalg.vecdot(log_p.exp(), log_p)
+    chosen = log_p.gather(-1, ids.unsqueeze(-1))
+    # All that Python needs in one copy: each costs a wait for the device. Ids below 2^24 are exact in float32.
+    told = torch.cat((ids.unsqueeze(-1), chosen, nats.unsqueeze(-1)), dim=-1).tolist()
     best = likeliest(logits, log_p, n_best) if any(n_best) else [()] * len(n_best)
-    return [(int(token), log_prob, bits, row) for token, log_prob, bits, row in zip(*told, best, strict=True)]
+    return [
+        (int(token), log_prob, negative / -math.log(2), row)
+        for (token, log_prob, negative), row in zip(told, best, strict=True)
+    ]
 
 
 def likeliest(logits: Tensor, log_p: Tensor, n_best: Sequence[int]) -> list[Best]:

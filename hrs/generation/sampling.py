@@ -9,6 +9,9 @@ from torch import Tensor
 from hrs.config.checks import require_at_least, require_within
 from hrs.errors import HRSError
 
+_SMALLEST_DIVISOR = 1e-30
+"""A temperature above it leaves the largest log-probability, which is above -100, finite."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -95,19 +98,29 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(mass, uniforms.unsqueeze(-1) * mass[:, -1:], right=True).squeeze(-1)
 
 
-def next_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+def next_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    sampling: Sampling,
+    seen: Tensor | None = None,
+    log_p: Tensor | None = None,
+) -> Tensor:
     """The next token of each row, ids [B].
 
     Args:
         logits: [B, V].
         uniforms: [B] float64 in [0, 1), the chance of each row.
         seen: [B, V] bool, tokens of each row's text so far; needed for a repetition penalty only.
+        log_p: [B, V], log-softmax of ``logits`` where it is known: it needs no shift before it is divided.
     """
     if seen is not None and sampling.repetition_penalty != 1:
-        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+        logits, log_p = penalise_repetition(logits, seen, sampling.repetition_penalty), None
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = apply_temperature(logits, sampling.temperature)
+    if log_p is not None and sampling.temperature > _SMALLEST_DIVISOR:
+        logits = log_p if sampling.temperature == 1 else log_p / sampling.temperature
+    else:
+        logits = apply_temperature(logits, sampling.temperature)
     if sampling.top_k > 0:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:

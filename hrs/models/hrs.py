@@ -193,6 +193,7 @@ class HRSModel(LanguageModel):
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(tokens)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream of an embedding in half precision
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         return self.dropout(x)

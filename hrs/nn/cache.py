@@ -31,6 +31,8 @@ class SlotTable:
         """Tokens read by the sequence in each slot in use, on the host."""
         self.positions = torch.empty(0)
         """[n, 1] int64, of the present step's tokens."""
+        self.places = self.rows = torch.empty(0)
+        """[n], the same without the dimension of tokens; and 0 to n - 1."""
         self.end = 0
         """Positions below it are attended to in the present step."""
         self.equal = True
@@ -44,10 +46,13 @@ class SlotTable:
         Args:
             end: number of positions to attend to; None for those up to the longest sequence's new token.
         """
-        self.positions = positions
+        self.positions, self.places = positions, positions.squeeze(1)
+        every = self.constant("rows", lambda: torch.arange(self.n_slots, device=positions.device))
+        self.rows = every[: len(positions)]
         longest = max(self.lengths) + 1
         self.end = longest if end is None else end
-        self.equal = self.end == longest == min(self.lengths) + 1 and len(positions) == len(self.lengths)
+        # A step of static shapes is repeated for other lengths.
+        self.equal = end is None and longest == min(self.lengths) + 1
         self._of_step.clear()
 
     def advance(self) -> None:
@@ -63,17 +68,6 @@ class SlotTable:
         last = self.lengths.pop()
         if slot < len(self.lengths):
             self.lengths[slot] = last
-
-    @property
-    def places(self) -> Tensor:
-        """[n], :attr:`positions` without the dimension of tokens."""
-        return self.positions.squeeze(1)
-
-    @property
-    def rows(self) -> Tensor:
-        """[n], 0 to n - 1."""
-        every = self.constant("rows", lambda: torch.arange(self.n_slots, device=self.positions.device))
-        return every[: len(self.positions)]
 
     def completing(self, size: int) -> list[int]:
         """Slots in use whose present token is the last one of a piece of ``size`` tokens."""

@@ -66,7 +66,7 @@ class ExpertTier(nn.Module):
             weight = weight / (weight + 1e-8)
         hidden = F.gelu(self.hidden(x)).unflatten(-1, (self.n_experts, -1))
         # In the type of the hidden units: one in that of x, float32 under autocast, would widen all of them.
-        is_chosen = F.one_hot(chosen.squeeze(-1), self.n_experts).to(hidden.dtype)  # [B, T, n_experts]
+        is_chosen = (chosen == torch.arange(self.n_experts, device=x.device)).to(hidden.dtype)  # [B, T, n_experts]
         hidden = hidden * is_chosen.unsqueeze(-1)
         # The weight comes after the norm: in front of it, scale has no effect and the gate would not learn.
         return self.dropout(weight * self.norm(self.output(hidden.flatten(-2))))
