@@ -7,7 +7,7 @@ stand in one buffer, so that a step is a CUDA graph that is captured once and re
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -38,6 +38,8 @@ class Inference:
             dtype = torch.bfloat16 if self.gpu.bf16 else torch.float16
         self._dtype = dtype
         self.model = model if dtype is None else with_half_matrices(model, dtype)
+        self.constants: dict[Hashable, object] = {}
+        """What slots of this model compute once, see :class:`hrs.nn.cache.SlotTable`."""
 
     def precision(self) -> AbstractContextManager[None]:
         """The context in which the model runs."""
@@ -98,6 +100,7 @@ class SlotDecoder:
         self._n_slots = n_slots
         self._limit = inference.model.max_seq_len
         self.slots = inference.model.new_slots(n_slots)
+        self.slots.table.constants = inference.constants
         self._inputs = torch.zeros(2, n_slots, dtype=torch.int64, device=inference.device)
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
 

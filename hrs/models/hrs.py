@@ -188,7 +188,9 @@ class HRSModel(LanguageModel):
         output = self._run(tokens, slots, None, slots.memory)
         slots.table.advance()
         hidden = output.hidden.squeeze(1)
-        output.logits = self.unembed(hidden).unsqueeze(1)
+        plain = self.test_time_memory is None
+        logits = F.linear(hidden, slots.table.matrix(self.embedding.weight)) if plain else self.unembed(hidden)
+        output.logits = logits.unsqueeze(1)
         return output
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

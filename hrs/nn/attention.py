@@ -191,7 +191,7 @@ class Attention(nn.Module):
             [n, 1, d], before the output projection.
         """
         table = slots.table
-        parts = F.linear(x, self.qkv.weight).view(len(x), 3, self.n_heads, self.d_head)
+        parts = F.linear(x, table.matrix(self.qkv.weight)).view(len(x), 3, self.n_heads, self.d_head)
         if self.rotary is not None:
             turns = self._turns(table, parts.dtype)
             parts = torch.bmm(parts.flatten(0, 1), turns.flatten(0, 1)).view_as(parts)

@@ -34,6 +34,7 @@ class BlockCache:
     def slots(self, table: SlotTable) -> "BlockSlots":
         """The same for sequences of unequal length."""
         return BlockSlots(
+            table=table,
             attention=None if self.attention is None else self.attention.slots(table),
             conv=None if self.conv is None else self.conv.slots(table),
             tiers=None if self.tiers is None else self.tiers.slots(table),
@@ -44,6 +45,7 @@ class BlockCache:
 class BlockSlots:
     """What one block remembers of sequences of unequal length."""
 
+    table: SlotTable
     attention: KeyValueSlots | None
     conv: TailSlots | None
     tiers: TiersSlots | None
@@ -143,7 +145,8 @@ class Block(nn.Module):
                 x, statistics.routing, usage = self.tiers(x, normalised, positions, memory)
                 statistics.expert_usage = usage if statistics.expert_usage is None else statistics.expert_usage
             elif self.mlp is not None and isinstance(cache, BlockSlots):
-                x = add_product(x, F.gelu(F.linear(normalised, self.mlp.hidden.weight)), self.mlp.output)
+                hidden = F.gelu(F.linear(normalised, cache.table.matrix(self.mlp.hidden.weight)))
+                x = add_product(x, hidden, cache.table.matrix(self.mlp.output.weight))
             elif self.mlp is not None:
                 x = x + self.mlp(normalised)
         return x, statistics
@@ -179,13 +182,12 @@ class Block(nn.Module):
         if self.synapse is not None and inputs.synapse_means is not None and inputs.synapse_index is not None:
             factors = self.synapse(inputs.synapse_means)  # [n, 2, H]
             query_scale = factors.take_along_dim(inputs.synapse_index[:, :, None], dim=1).mT  # [n, H, 1]
-        return add_product(
-            x, self.attention.step(normalised, slots.attention, memory, query_scale), self.attention.output
-        )
+        attended = self.attention.step(normalised, slots.attention, memory, query_scale)
+        return add_product(x, attended, slots.table.matrix(self.attention.output.weight))
 
 
-def add_product(residual: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
-    """``residual`` [n, 1, d] + ``linear`` (without a bias) of x [n, 1, k], in one kernel where no type changes."""
+def add_product(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``residual`` [n, 1, d] + x [n, 1, k] times ``weight`` [d, k], in one kernel where no type changes."""
     if torch.is_autocast_enabled(residual.device.type):
-        return residual + F.linear(x, linear.weight)  # the sum itself would run in half precision
-    return torch.addmm(residual.squeeze(1), x.squeeze(1), linear.weight.t()).unsqueeze(1)
+        return residual + F.linear(x, weight)  # the sum itself would run in half precision
+    return torch.addmm(residual.squeeze(1), x.squeeze(1), weight.t()).unsqueeze(1)
