@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 MESSAGE_SECONDS = 0.02
 """Between two messages of one stream: what is faster than 50 tokens a second comes several at a time."""
+MESSAGES_PER_SECOND = 400
+"""Of all streams together. A message costs as much as some tokens of a small model, and takes turns with the model for
+Python's interpreter, so many streams get larger ones, each less often."""
 
 Events = dict[int, list[dict[str, Any]]]
 """What was looked up for each request number."""
@@ -65,17 +68,16 @@ class Replies:
         self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.members = [Reply(self, index, request) for index, request in enumerate(requests)]
         self.closed = False
+        self.kept: list[Piece] = []
+        """Pieces for the next message; the engine's thread alone uses this and ``sent``."""
+        self.sent = -math.inf
+        """When the last message was sent, on the clock of ``time.perf_counter``."""
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
-        left, last = len(self.members), -math.inf
+        left = len(self.members)
         try:
             while left:
-                item = await self._queue.get()
-                # Every message through a proxy costs the model's process as much as a token of a small model.
-                if (early := last + MESSAGE_SECONDS - self._loop.time()) > 0:
-                    await asyncio.sleep(early)
-                last = self._loop.time()
-                pieces, failure = self._until_failure(item)
+                pieces, failure = self._until_failure(await self._queue.get())
                 left -= sum(piece.finish is not None for piece in pieces)
                 if pieces:
                     yield pieces
@@ -99,17 +101,42 @@ class Replies:
             self.closed = True
             self._engine.cancel(self)
 
-    def deliver(self, items: Sequence[Piece | Exception]) -> None:
-        """From the engine's thread."""
+    def take(self, failure: Exception | None = None) -> "Message":
+        """Return what is kept, and ``failure`` as its end, as a message. In the engine's thread."""
+        items: list[Piece | Exception] = [*self.kept, *([] if failure is None else [failure])]
+        self.kept = []
+        return self, items
 
-        def put() -> None:
-            for item in items:
-                self._queue.put_nowait(item)
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop in which the reader runs."""
+        return self._loop
 
+    def put(self, items: Sequence[Piece | Exception]) -> None:
+        """Pass a message on to the reader. In its event loop."""
+        for item in items:
+            self._queue.put_nowait(item)
+
+
+Message = tuple[Replies, list[Piece | Exception]]
+
+
+def deliver(messages: Sequence[Message]) -> None:
+    """Send messages to their readers: one call of each event loop, which takes turns with the engine's thread."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Message]] = {}
+    for message in messages:
+        by_loop.setdefault(message[0].loop, []).append(message)
+    for loop, together in by_loop.items():
         try:
-            self._loop.call_soon_threadsafe(put)
-        except RuntimeError:  # the loop is gone, and the client with it
-            self.close()
+            loop.call_soon_threadsafe(_put_all, together)
+        except RuntimeError:  # the loop is gone, and its clients with it
+            for replies, _ in together:
+                replies.close()
+
+
+def _put_all(messages: Sequence[Message]) -> None:
+    for replies, items in messages:
+        replies.put(items)
 
 
 class Engine:
@@ -242,7 +269,7 @@ class Engine:
             try:
                 reply.number = self._decoder.add(reply.request)
             except Exception as error:
-                replies.deliver([as_api_error(error)])
+                deliver([replies.take(as_api_error(error))])
                 self._forget(reply)
                 continue
             self._replies[reply.number] = reply
@@ -268,21 +295,30 @@ class Engine:
         self._fail(ApiError(503, "the endpoint stopped before this reply was finished", retry_after=5))
 
     def _fail(self, error: Exception) -> None:
+        failed = {reply.replies: None for reply in self._replies.values()}
         for reply in list(self._replies.values()):
             self._forget(reply)
-            reply.replies.deliver([error])
+        deliver([replies.take(error) for replies in failed])
 
     def _step(self) -> None:
         tokens, events = self._decoder.step()
         now = time.perf_counter()
-        outgoing: dict[Replies, list[Piece]] = {}
+        due: dict[Replies, None] = {}
         for token in tokens:
             reply = self._replies.get(token.row)
             if reply is None:
                 continue
-            outgoing.setdefault(reply.replies, []).append(self._piece(reply, token, events.get(token.row, []), now))
-        for replies, pieces in outgoing.items():
-            replies.deliver(pieces)
+            piece = self._piece(reply, token, events.get(token.row, []), now)
+            reply.replies.kept.append(piece)
+            if piece.finish is not None:
+                due[reply.replies] = None
+        interval = max(MESSAGE_SECONDS, len(self._replies) / MESSAGES_PER_SECOND)
+        for reply in self._replies.values():
+            if reply.replies.kept and now - reply.replies.sent >= interval:
+                due[reply.replies] = None
+        for replies in due:
+            replies.sent = now
+        deliver([replies.take() for replies in due])
         self._metrics.tokens.labels("completion").inc(len(tokens))
         self._metrics.retrievals.inc(sum(map(len, events.values())))
 

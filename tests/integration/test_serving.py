@@ -269,7 +269,8 @@ def test_replicas_share_memories_and_figures(application: Application) -> None:
             return [int(n) for n in written]
 
         written = wait_until(lambda: found if sum(found := counted()) == len(texts) else None, every_seconds=0.5)
-        assert len(written) == 2 and all(written)
+        # The replica before these may still have answered, and its figures stay for a while.
+        assert sum(n > 0 for n in written) >= 2
     application.deploy(min_replicas=1, max_replicas=1)
     listed = httpx.get(f"{application.url}/v1/memories", params={"source": "two"}).json()["data"]
     assert [memory["text"] for memory in listed] == texts

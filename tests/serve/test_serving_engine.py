@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import threading
+import time
 
 import pytest
 
 from hrs.generation import SampledToken, Sampling
 from serve.backend import Piece, Request
-from serve.engine import Engine, Events
+from serve.engine import Engine, Events, Message, _put_all
 from serve.errors import ApiError
 from serve.metrics import Metrics
 
@@ -18,7 +19,8 @@ PIECES = [b"a", b"b", b"\xe2", b"\x82\xac"]
 class Scripted:
     """Every text is the ids of its prompt, one per step; an id of -1 fails the step for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_seconds: float = 0) -> None:
+        self.step_seconds = step_seconds
         self.texts: dict[int, list[int]] = {}
         self.cancelled: list[int] = []
         self.may_step = threading.Event()
@@ -43,6 +45,7 @@ class Scripted:
 
     def step(self) -> tuple[list[SampledToken], Events]:
         assert self.may_step.wait()
+        time.sleep(self.step_seconds)
         tokens = []
         for number, text in list(self.texts.items()):
             id = text.pop(0)
@@ -102,6 +105,44 @@ def test_a_failed_step_ends_all_its_texts_and_the_next_one_works() -> None:
         assert "bus" not in str(results[0])
         assert [piece.text for piece in await collect(engine, text(0, 1))] == ["a", "b"]
         assert engine.n_accepted == 0
+
+    with engine_of(Scripted(), Scripted()) as engine:
+        asyncio.run(run(engine))
+
+
+def test_messages_are_few_and_nothing_is_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 a second for one stream, 400 for all; the first and the last token wait for nothing."""
+    sent: dict[object, list[int]] = {}
+
+    def put_all(messages: list[Message]) -> None:
+        for replies, items in messages:
+            sent.setdefault(replies, []).append(len(items))
+        _put_all(messages)
+
+    monkeypatch.setattr("serve.engine._put_all", put_all)
+
+    async def run(engine: Engine, n_streams: int) -> float:
+        began = time.perf_counter()
+        streams = await asyncio.gather(*(collect(engine, text(*[0] * 300)) for _ in range(n_streams)))
+        assert all(len(pieces) == 300 and pieces[-1].finish == "length" for pieces in streams)
+        return time.perf_counter() - began
+
+    for n_streams, per_second in ((1, 50), (40, 400)):
+        sent.clear()
+        with engine_of(Scripted(step_seconds=0.001), limit=40) as engine:
+            seconds = asyncio.run(run(engine, n_streams))
+        assert len(sent) == n_streams
+        assert all(sizes[0] == 1 and sum(sizes) == 300 for sizes in sent.values())
+        assert sum(map(len, sent.values())) <= per_second * seconds + 2 * n_streams
+
+
+def test_what_came_before_a_failure_is_told() -> None:
+    async def run(engine: Engine) -> None:
+        pieces: list[Piece] = []
+        with pytest.raises(ApiError):
+            async for together in engine.start([text(0, 1, 0, -1)]):
+                pieces += together
+        assert [piece.text for piece in pieces] == ["a", "b", "a"]
 
     with engine_of(Scripted(), Scripted()) as engine:
         asyncio.run(run(engine))
