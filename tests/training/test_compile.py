@@ -1,15 +1,21 @@
 """When models are compiled, and what happens where that fails."""
 
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from training_checks import different, largest_gap, weights
 
+from hrs.models import build_model
+from hrs.presets import experiment
 from hrs.training import Runtime, train
+from hrs.training.optimizer import build_optimizer
 from hrs.training.runtime import missing_compiler
+from hrs.training.step import Stepper
 
 GPU = torch.device("cuda", 0)
 
@@ -72,3 +78,28 @@ def test_where_compiling_fails_by_default_training_goes_on_without(
     list(train(config, small_store, tmp_path / "default", Runtime(device="cpu")))
     assert different(weights(tmp_path / "plain"), weights(tmp_path / "default")) == []
     assert [r for r in caplog.records if "training uncompiled" in r.message]
+
+
+@pytest.mark.slow
+def test_nine_models_are_compiled_one_after_another_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm worker trains one preset after another; eight compilations of ``encode`` used to be all there were."""
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compiled.append(name)
+        return graph.forward  # only that it was traced matters here, not the code made of it
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=backend))
+    names = ("dense_baseline", "dual_head", "dual_head_router", "full_core", "v2_attn_conv", "kernel_exponential",
+             "attention_alibi", "attention_learned", "v16_peer_engram")  # fmt: skip
+    for name in names:
+        config = experiment(name, "micro", overrides={"data.tokenizer": "bpe:257", "model.n_layers": 3})
+        training = dataclasses.replace(config.training, batch_sequences=2)
+        model = build_model(config.model).train()
+        optimizer = build_optimizer(model, training.optimizer)
+        stepper = Stepper(model, optimizer, training, torch.device("cpu"), 2, compiled=True)
+        windows = torch.randint(257, (2, config.model.max_seq_len + 1))
+        assert stepper.step(windows) is not None
+        assert name in compiled, f"{name} was trained uncompiled, after {len(set(compiled))} models"
+    assert len(set(compiled)) == 9
