@@ -194,8 +194,8 @@ class HRSModel(LanguageModel):
         return output
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream of an embedding in half precision
+        # For inference in half precision embeddings are halved and norms are not: the residual stream is of their type.
+        x = self.embedding(tokens).to(self.norm.weight.dtype)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         return self.dropout(x)
