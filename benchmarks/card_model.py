@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -394,7 +393,7 @@ def trace_training(config: ExperimentConfig, micro_batch: int, *, reference_loss
             hrs.training.step.cross_entropy = reference_cross_entropy  # type: ignore[assignment]
         try:
             with trace:
-                with imitation or nullcontext():
+                with imitation:
                     stepper.accumulate(windows, context)
                 clip_gradients(optimizer, training.optimizer.clip_norm, gradient_norm(optimizer))
                 optimizer.step()
