@@ -1,10 +1,10 @@
-"""Nothing in a training step waits for a GPU: every model learns on the meta device, which has no values to wait for.
+"""Nothing in a training or decoding step waits for a GPU: every model runs on the meta device, which has no values.
 
 There ``item()``, ``tolist()``, ``nonzero()``, boolean indices and ``bool(tensor)`` raise. What the meta device does not
 refuse is watched: tensors of the host and of the device in one operator, and copies between the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any
 
@@ -138,6 +138,31 @@ def test_no_model_waits_in_a_training_step(preset: str) -> None:
             )
 
     assert _waits(validate) == []
+
+
+@pytest.mark.parametrize("preset", KINDS)
+def test_no_model_waits_while_it_decodes(preset: str) -> None:
+    """A prompt, its next token, and a step of two texts in slots, whose shapes are static."""
+    model = _on_meta(_small(preset)).eval()
+    tokens = torch.zeros(2, 6, dtype=torch.int64, device=META)
+    context = context_of(model, 2)
+    context = context and context.to(META)
+    constants: dict[Hashable, object] = {}
+
+    def decode() -> None:
+        with torch.no_grad():
+            cache = model.new_cache(2, context and context.history, context and context.memory)
+            model.decode(tokens[:, :5], cache)
+            model.decode(tokens[:, 5:], cache)
+            if model.batches_ragged:
+                slots = model.new_slots(2)
+                slots.table.constants = constants
+                slots.join(cache)
+                slots.stage(torch.zeros(2, 1, dtype=torch.int64, device=META), end=model.max_seq_len)
+                model.decode(tokens[:, :1], slots)
+
+    decode()  # constants of the model are copied to the device, once
+    assert _waits(decode) == []
 
 
 def test_operators_of_our_own_do_not_wait_inside() -> None:
