@@ -1,9 +1,7 @@
 """How long a run takes on a processor: from a run of its shape that was timed there, else from a model of its kernels.
 
-The model adds up the kernels of one traced training step (:func:`hrs.training.memory.step_kernels`): each takes the
-longest of its arithmetic at the GPU's peak, its memory traffic at the GPU's bandwidth, and the smallest time a kernel
-takes; the step is not shorter than Python needs to launch them (roofline, Williams et al. 2009). Peaks are those of
-the data sheets, so no GPU has to be at hand and none is disturbed. One core of the CPU is timed instead.
+The model is :mod:`hrs.training.gpu_time`, with the peaks of the data sheets: no GPU has to be at hand and none is
+disturbed. One core of the CPU is timed instead.
 """
 
 import functools
@@ -17,10 +15,10 @@ import torch
 
 from hrs.cluster.hardware import GpuPool
 from hrs.config import DataConfig, ExperimentConfig, content_hash, from_dict
-from hrs.gpu import GpuProperties
+from hrs.gpu import FIRST_BF16_CAPABILITY, GpuProperties
 from hrs.storage import Storage
 from hrs.training import Runtime
-from hrs.training.memory import step_kernels
+from hrs.training.gpu_time import GpuSpeed, TrainingTrace, model_step, trace_training
 
 DEVICE_FILE = "device.json"
 """In a run's directory: ``device`` (a GPU's kind, ``cpu``, or that there were several workers) and ``tenants`` (trials
@@ -31,14 +29,6 @@ EVALUATION_FRAC = 0.2
 
 _CPU_EFFICIENCY = 0.25
 """Share of the speed of a plain matrix product that a training step reaches on the CPU."""
-_GPU_ARITHMETIC = 0.6
-"""Share of the peak that matrix products reach on a GPU."""
-_GPU_BANDWIDTH = 0.75
-"""Share of the memory bandwidth that elementwise kernels reach on a GPU."""
-_KERNEL_SECONDS = 2e-6
-"""Shortest time from the start of one kernel to the start of the next."""
-_LAUNCH_SECONDS = 8e-6
-"""Time that eager PyTorch needs on the host for one kernel, forward and backward taken together."""
 
 _PEAKS: dict[str, tuple[float, float]] = {
     "V100": (112, 900), "T4": (65, 320), "TITAN RTX": (65, 672), "RTX 2080 Ti": (54, 616), "RTX 2080": (42, 448),
@@ -80,8 +70,8 @@ class Timing:
     source: Literal["measured", "estimated"]
 
 
-def gpu_peak(gpu: GpuProperties) -> tuple[float, float]:
-    """Return a GPU's peak in FLOP/s and its bandwidth in bytes/s; of a weak one of its generation if it is unknown."""
+def gpu_speed(gpu: GpuProperties) -> GpuSpeed:
+    """Return the peaks of a GPU; those of a weak one of its generation if it is unknown."""
     words = gpu.name.upper().replace("-", " ").split()
     best: tuple[int, tuple[float, float]] = (0, _PEAK_BY_GENERATION.get(gpu.capability, _PEAK_OF_UNKNOWN))
     for name, peak in _PEAKS.items():
@@ -89,8 +79,11 @@ def gpu_peak(gpu: GpuProperties) -> tuple[float, float]:
         places = range(len(words) - len(wanted) + 1)
         if any(words[i : i + len(wanted)] == wanted for i in places) and len(wanted) > best[0]:
             best = len(wanted), peak
-    tera_flops, giga_bytes = best[1]
-    return tera_flops * 1e12, giga_bytes * 1e9
+    half_tera_flops, giga_bytes = best[1]
+    half_flops = half_tera_flops * 1e12
+    # TF32 and bfloat16 came with the same generation.
+    single_flops = half_flops / (2 if gpu.capability >= FIRST_BF16_CAPABILITY else 8)
+    return GpuSpeed(half_flops=half_flops, single_flops=single_flops, bytes_per_second=giga_bytes * 1e9)
 
 
 def time_on_gpu(
@@ -123,9 +116,11 @@ def time_on_cpu(config: ExperimentConfig, micro_batch: int, runtime: Runtime, st
     tokens = config.tokens_per_step * config.training.steps
     if speed := _measured_speeds(storage).get((_shape(config), "cpu", 1)):
         return _timing(tokens / speed, 1.0, "measured")
-    kernels = step_kernels(config, micro_batch, replace(runtime, device="cpu"))
-    flops = sum(flops * number for (flops, _), number in kernels.items()) * config.training.steps
-    return _timing(flops / (_matmul_flops_per_second() * _CPU_EFFICIENCY), 1.0, "estimated")
+    step = _trace(config, micro_batch, runtime)
+    repeats = config.training.batch_sequences // micro_batch
+    flops = repeats * sum(kernel.flops for kernel in step.gradients) + sum(kernel.flops for kernel in step.update)
+    seconds = config.training.steps * flops / (_matmul_flops_per_second() * _CPU_EFFICIENCY)
+    return _timing(seconds, 1.0, "estimated")
 
 
 def shared_rate(busy: float) -> float:
@@ -148,13 +143,19 @@ def _modelled_step(
     config: ExperimentConfig, micro_batch: int, runtime: Runtime, gpu: GpuProperties
 ) -> tuple[float, float]:
     """Return the modelled seconds of one training step, and how many of them the GPU computes."""
-    peak, bandwidth = gpu_peak(gpu)
-    kernels = step_kernels(config, micro_batch, replace(runtime, device="cuda"))
-    busy = sum(
-        number * max(flops / (peak * _GPU_ARITHMETIC), moved / (bandwidth * _GPU_BANDWIDTH), _KERNEL_SECONDS)
-        for (flops, moved), number in kernels.items()
+    speed, step = gpu_speed(gpu), _trace(config, micro_batch, runtime)
+    compiled = runtime.compile is not False and config.training.optimizer.expert_updates != "lazy"
+    repeats = config.training.batch_sequences // micro_batch
+    gradients = model_step(step.gradients, speed, compiled=compiled)
+    update = model_step(step.update, speed, compiled=False)
+    return (
+        repeats * gradients.seconds + update.seconds,
+        repeats * gradients.busy_seconds + update.busy_seconds,
     )
-    return max(busy, sum(kernels.values()) * _LAUNCH_SECONDS), busy
+
+
+def _trace(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> TrainingTrace:
+    return trace_training(config, micro_batch, activation_checkpointing=runtime.activation_checkpointing)
 
 
 def _shape(config: ExperimentConfig) -> str:

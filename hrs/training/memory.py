@@ -11,7 +11,6 @@ Every parameter is taken to learn: phases in which some rest only make a step sm
 an eager one.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -73,29 +72,14 @@ def estimate_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) 
     Raises:
         HRSError: if ``micro_batch`` does not divide the effective batch.
     """
-    step, _ = _traced(config, micro_batch, runtime)
+    step = _traced(config, micro_batch, runtime)
     n_averages = len(config.training.averaging.decays)
     n_kept = 0 if step.overhead_bytes else min(1, n_averages)
     average_bytes = (n_averages + n_kept) * step.parameter_bytes
     return replace(step, peak_bytes=step.peak_bytes + average_bytes, average_bytes=average_bytes)
 
 
-def step_kernels(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> dict[tuple[int, int], float]:
-    """Return the kernels of one training step: how many there are of each (floating-point operations, bytes moved).
-
-    Views and allocations are left out. Operations are counted for matrix products and convolutions; for CUDA, fused
-    attention is counted by neither.
-
-    Raises:
-        HRSError: if ``micro_batch`` does not divide the effective batch.
-    """
-    _, kernels = _traced(config, micro_batch, runtime)
-    return kernels
-
-
-def _traced(
-    config: ExperimentConfig, micro_batch: int, runtime: Runtime
-) -> tuple[MemoryEstimate, dict[tuple[int, int], float]]:
+def _traced(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> MemoryEstimate:
     batch = config.training.batch_sequences
     if micro_batch < 1 or batch % micro_batch:
         raise HRSError(f"micro_batch {micro_batch} must divide training.batch_sequences {batch}")
@@ -111,13 +95,7 @@ def _traced(
     n_micro_batches = batch // micro_batch
     if training.optimizer.expert_updates == "dense":
         n_micro_batches = min(2, n_micro_batches)
-    step, accumulating, updating = _trace(
-        config.model, training, micro_batch, n_micro_batches, on_cuda, runtime.activation_checkpointing
-    )
-    repeats = batch / micro_batch / min(2, batch // micro_batch)  # two micro-batches stand for all
-    kernels = Counter({kernel: repeats * n for kernel, n in accumulating.items()})
-    kernels.update(updating)
-    return step, dict(kernels)
+    return _trace(config.model, training, micro_batch, n_micro_batches, on_cuda, runtime.activation_checkpointing)
 
 
 def predict_peak(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> int:
@@ -148,9 +126,8 @@ def _trace(
     n_micro_batches: int,
     on_cuda: bool,
     activation_checkpointing: bool,
-) -> tuple[MemoryEstimate, Counter[tuple[int, int]], Counter[tuple[int, int]]]:
-    """Return the estimate, and the kernels of all micro-batches and of the optimiser."""
-    counter = StorageCounter(block_bytes=CUDA_BLOCK_BYTES if on_cuda else 1, record_kernels=True)
+) -> MemoryEstimate:
+    counter = StorageCounter(block_bytes=CUDA_BLOCK_BYTES if on_cuda else 1)
     with FakeTensorMode(), counter:
         top = training_step_peak(
             counter,
@@ -162,7 +139,7 @@ def _trace(
             imitate_cuda=on_cuda,
         )
     overhead_bytes = CUDA_OVERHEAD_BYTES if on_cuda else 0
-    estimate = MemoryEstimate(
+    return MemoryEstimate(
         peak_bytes=top.bytes + overhead_bytes,
         parameter_bytes=top.by_category["parameters"],
         gradient_bytes=top.by_category["gradients"],
@@ -171,8 +148,6 @@ def _trace(
         average_bytes=0,  # told apart by the caller, so that runs with and without them share a trace
         overhead_bytes=overhead_bytes,
     )
-    n = counter.accumulating_kernels
-    return estimate, Counter(counter.kernels[:n]), Counter(counter.kernels[n:])
 
 
 def fit_micro_batch(config: ExperimentConfig, limit_bytes: int, runtime: Runtime) -> MemoryPlan:

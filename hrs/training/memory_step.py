@@ -34,9 +34,7 @@ def measure_step(
         parameter.grad = empty_gradient(parameter, lazy=id(parameter) in tables)
     optimizer.step()
     optimizer.zero_grad()
-    counter.kernels.clear()  # of building the model and the optimiser's state
     accumulate_gradients()
-    counter.accumulating_kernels = len(counter.kernels)
     if clip_norm:
         clip_gradients(optimizer, clip_norm, gradient_norm(optimizer))
     optimizer.step()

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 
 class StorageCounter(TorchDispatchMode):
     """Live bytes of the storages seen while the mode is on; their lives are followed after it is left, too.
 
     ``block_bytes`` rounds every storage up, as an allocator does. Beyond ``limit_bytes`` an operator raises
-    ``torch.OutOfMemoryError`` and what it allocated is released with the error. With ``record_kernels`` every operator
-    that computes something is recorded, for models of time.
+    ``torch.OutOfMemoryError`` and what it allocated is released with the error.
     """
 
-    def __init__(self, *, block_bytes: int = 1, limit_bytes: int | None = None, record_kernels: bool = False) -> None:
+    def __init__(self, *, block_bytes: int = 1, limit_bytes: int | None = None) -> None:
         super().__init__()
         self.block_bytes = block_bytes
         self.limit_bytes = limit_bytes
@@ -32,11 +30,6 @@ class StorageCounter(TorchDispatchMode):
         self.peak_bytes = 0
         self.events: list[tuple[int, int]] = []
         """(serial number of the storage, bytes gained or lost), in order of time."""
-        self.kernels: list[tuple[int, int]] = []
-        """(floating-point operations, bytes read and written) of every operator that computes, in order of time."""
-        self.accumulating_kernels = 0
-        """How many of them repeat with every micro-batch: all before the optimiser's."""
-        self._record_kernels = record_kernels
         self._live: dict[int, tuple[int, int]] = {}  # StorageImpl address -> (serial, bytes)
         self._storages = 0
 
@@ -44,8 +37,6 @@ class StorageCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.see(tree_iter((args, kwargs)))
         self.see(tree_iter(result))
-        if self._record_kernels and _computes(func):
-            self.kernels.append(_work(func, args, kwargs or {}, result))
         if self.limit_bytes is not None and self.live_bytes > self.limit_bytes:
             raise torch.OutOfMemoryError(
                 f"out of memory: {func} needs {self.live_bytes} bytes of live tensors, the limit is {self.limit_bytes}"
@@ -84,30 +75,6 @@ class StorageCounter(TorchDispatchMode):
         self.live_bytes += change_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         self.events.append((serial, change_bytes))
-
-
-_ALLOCATIONS = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "set_"}
-_LOOK_UPS = {"embedding", "gather", "index", "index_select"}
-"""Operators that read chosen rows of a table, not all of it."""
-
-
-def _computes(func: Any) -> bool:
-    """Return False for views, allocations and questions about a tensor."""
-    namespace, name = func._schema.name.split("::")
-    return namespace != "prim" and name not in _ALLOCATIONS and not name.startswith("sym_") and not func.is_view
-
-
-def _work(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
-    """Return the floating-point operations of matrix products and convolutions, and the bytes read and written."""
-    count = flop_registry.get(func.overloadpacket)
-    written = sum(_bytes(value) for value in tree_iter(result))
-    look_up = func._schema.name.split("::")[1] in _LOOK_UPS
-    read = written if look_up else sum(_bytes(value) for value in tree_iter((args, kwargs)))
-    return (int(count(*args, **kwargs, out_val=result)) if count else 0), read + written
-
-
-def _bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) and value.layout is torch.strided else 0
 
 
 class Peak(NamedTuple):

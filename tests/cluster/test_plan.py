@@ -18,10 +18,11 @@ from hrs.cluster.hardware import (
 )
 from hrs.cluster.plan import Plan, TrialPlan, format_plan, lane_count, plan_runs
 from hrs.cluster.study import Run, Study
-from hrs.cluster.timing import DEVICE_FILE, gpu_peak
+from hrs.cluster.timing import DEVICE_FILE, gpu_speed, time_on_gpu
 from hrs.config import canonical_json
 from hrs.errors import HRSError
 from hrs.gpu import GpuProperties
+from hrs.presets import experiment
 from hrs.storage import Storage
 from hrs.training import Runtime
 from hrs.training.runtime import DEFAULT_RUNTIME
@@ -375,4 +376,17 @@ def test_a_gpu_that_torch_cannot_use_stops_the_plan() -> None:
 )
 def test_peaks_are_found_by_name_or_generation(name: str, tera_flops: float) -> None:
     gpu = GpuProperties(index=0, name=name, total_bytes=1, free_bytes=1, capability=(8, 9))
-    assert gpu_peak(gpu)[0] == tera_flops * 1e12
+    assert gpu_speed(gpu).half_flops == tera_flops * 1e12
+
+
+def test_the_estimate_knows_of_compiling_and_of_micro_batches(tmp_path: Path) -> None:
+    """Tiny runs wait for launches, of which a compiled model makes fewer and ever smaller micro-batches more."""
+    config = experiment("dense_baseline", "tiny")
+    pool, storage = Hardware(cpus=8, nodes=(machine(16, cpus=8),)).pools[0], Storage(tmp_path)
+
+    def minutes(micro_batch: int, runtime: Runtime) -> float:
+        return time_on_gpu(config, micro_batch, runtime, pool, 1, storage).minutes
+
+    compiled, eager = minutes(4, Runtime()), minutes(4, Runtime(compile=False))
+    assert compiled < 0.5 * eager
+    assert 2 * eager < minutes(1, Runtime(compile=False)) < 4 * eager

@@ -7,13 +7,14 @@ import torch
 from simulated_gpu import SimulatedGpu, simulated_gpus
 from torch import nn
 
-from benchmarks.card_model import KernelTrace, trace_decoding
+from benchmarks.card_model import trace_decoding
 from hrs.generation import Sampling, generate, inference
 from hrs.generation.batching import ContinuousBatch
 from hrs.generation.inference import Inference, SlotDecoder, with_half_matrices
 from hrs.gpu import Gpu
 from hrs.models import LanguageModel, build_model
 from hrs.presets import experiment
+from hrs.training.gpu_time import KernelTrace
 
 VOCABULARY, CONTEXT = 300, 32
 SMALL = {

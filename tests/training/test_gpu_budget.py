@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from distinct_models import DISTINCT_HRS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.card_model import fuse, trace_training
 from hrs.models import build_model
 from hrs.presets import experiment
+from hrs.training.gpu_time import fuse, trace_training
 from hrs.training.memory_imitation import ImitateCuda
 from hrs.training.memory_step import context_of
 from hrs.training.optimizer import build_optimizer

@@ -1,13 +1,13 @@
-"""The kernel counter and the roofline of benchmarks/card_model.py on steps small enough to count by hand."""
+"""The kernel counter and the roofline of hrs.training.gpu_time on steps small enough to count by hand."""
 
 import pytest
 import torch
 
-from benchmarks.card_model import Card, KernelTrace, fuse, model_step, trace_training
 from hrs.presets import experiment
+from hrs.training.gpu_time import GpuSpeed, KernelTrace, fuse, model_step, trace_training
 
-CARD = Card(
-    name="round numbers", half_flops=2e12, single_flops=1e12, bytes_per_second=1e9, efficiency=1.0,
+GPU = GpuSpeed(
+    half_flops=2e12, single_flops=1e12, bytes_per_second=1e9, arithmetic_efficiency=1.0, bandwidth_efficiency=1.0,
     kernel_seconds=0.0, launch_seconds=0.0, compiled_launch_seconds=0.0,
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ def test_bytes_and_operations_of_a_product():
     assert kernel.flops == 2 * 4 * 6 * 8
     assert sum(kernel.reads.values()) == 4 * (24 + 48)
     assert sum(kernel.writes.values()) == 4 * 32
-    step = model_step([kernel], CARD, compiled=False)
+    step = model_step([kernel], GPU, compiled=False)
     assert step.seconds == pytest.approx((4 * (24 + 48 + 32)) / 1e9)  # memory-bound: 416 ns against 0.4 ns
 
 
