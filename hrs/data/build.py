@@ -47,17 +47,25 @@ def write_store(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
 
 
 def _empty_split(corpus: Corpus, split: SplitName) -> HRSError:
+    documents = [document for _, document in _documents(corpus, "reading")]
+    n_own = sum(document.split is not None for document in documents)
+    n_titles = len({document.title for document in documents})
     return HRSError(
-        f"corpus {corpus.name} has no document in its {split} split (the hash of a title decides it, 90/5/5): "
-        "give it more documents, or name splits in a field 'split' of jsonl or parquet"
+        f"corpus {corpus.name} has no document in its {split} split: of {len(documents)} documents {n_own} name a "
+        f"split of their own, for the others the hash of the title decides (90/5/5), and there are {n_titles} "
+        "different titles: add documents, give each a title of its own, or name splits in a field 'split'"
     )
 
 
 def _documents(corpus: Corpus, doing: str) -> Iterator[tuple[SplitName, Document]]:
-    """Documents that hold text, with their splits; says on stderr how fast they come if it takes long."""
+    """Documents that hold text, with their splits; says on stderr how fast they come if it takes long.
+
+    Raises:
+        HRSError: if there are none, or the text cannot be read.
+    """
     start = last_line = time.monotonic()
     count = 0
-    for document in corpus.documents():
+    for document in _read(corpus):
         if not document.text.strip():
             continue
         count += 1
@@ -68,6 +76,15 @@ def _documents(corpus: Corpus, doing: str) -> Iterator[tuple[SplitName, Document
             print(f"{corpus.name}: {doing}, {count:,} documents, {rate:,.0f} a second", file=sys.stderr, flush=True)
     if count == 0:
         raise HRSError(f"corpus {corpus.name} holds no text: name another, or put documents into it")
+
+
+def _read(corpus: Corpus) -> Iterator[Document]:
+    try:
+        yield from corpus.documents()
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:  # of a corpus that is not the user's own files
+        raise HRSError(
+            f"corpus {corpus.name} cannot be read ({error}): its files are damaged, fetch them again"
+        ) from None
 
 
 class _SplitWriter:

@@ -1,6 +1,7 @@
 """What a corpus is: documents, a licence, a fingerprint of the raw text, and a split that follows from the title."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -29,7 +30,9 @@ class Document:
 
     def __post_init__(self) -> None:
         if self.split is not None and self.split not in SPLITS:
-            raise HRSError(f"split of document '{self.title}' must be one of {', '.join(SPLITS)}, got {self.split!r}")
+            raise HRSError(
+                f"split of document {shown(self.title)} must be one of {', '.join(SPLITS)}, got {shown(self.split)}"
+            )
 
 
 class Corpus(ABC):
@@ -56,13 +59,21 @@ def split_of(title: str) -> SplitName:
 
 
 def fingerprint_files(kind: str, files: Sequence[Path], root: Path) -> str:
-    """SHA-256 over how files are read, their names below ``root`` (titles follow from them) and their bytes."""
+    """SHA-256 over how files are read, their names below ``root`` (titles follow from them) and their bytes.
+
+    Raises:
+        HRSError: for a file that cannot be read.
+    """
     digest = hashlib.sha256(kind.encode())
     for path in files:
-        digest.update(f"\0{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        try:
+            name = os.fsencode(path.relative_to(root).as_posix())  # which need not be UTF-8
+            digest.update(b"\0%s\0%d\0" % (name, path.stat().st_size))
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise HRSError(f"{path} cannot be read ({error.strerror}): check its permissions, or the disk") from None
     return digest.hexdigest()
 
 

@@ -83,7 +83,7 @@ def _rows(rows: Any) -> Iterator[dict[str, Any]]:
 
 def _titled(rows: Any) -> Iterator[tuple[str, str, str | None]]:
     for row in _rows(rows):
-        yield row.get("title") or "", row["text"] or "", row.get("topic")
+        yield (row.get("title") or "").strip(), row["text"] or "", row.get("topic")
 
 
 def articles(lines: Iterable[str]) -> Iterator[tuple[str, str, None]]:
