@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hrs import strict_json
 from hrs.errors import HRSError
 
 T = TypeVar("T")
@@ -455,7 +456,7 @@ def print_gpus() -> None:
         gpu = Gpu(index).properties
         free, _ = idle.get(gpu.uuid, (gpu.free_bytes, gpu.total_bytes))
         found.append(asdict(gpu) | {"free_bytes": min(free, gpu.total_bytes)})
-    print(json.dumps(found))
+    print(strict_json.dumps(found))
 
 
 def _driver_present() -> bool:

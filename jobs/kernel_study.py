@@ -19,6 +19,7 @@ from typing import get_args, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs import strict_json
 from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.study import Run
 from hrs.config import AttentionConfig
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = storage.report(study.name)
     (folder / "separation.txt").write_text(text, encoding="utf-8")
     by_run = {run.label: to_dict(scores[run.key]) for run in runs if run.key in scores}
-    (folder / "separation.json").write_text(json.dumps(by_run, indent=1), encoding="utf-8")
+    (folder / "separation.json").write_text(strict_json.dumps(by_run, indent=1), encoding="utf-8")
     study_id = tracker.open_study(study.name, {}, extend=True)
     tracker.log_study_artifact(study_id, folder)
     unfinished = f"{len(runs) - len(finished)} runs unfinished"
@@ -114,7 +115,7 @@ def measure_run(run: Run, storage: Storage) -> None:
     model, config = load_model(storage.run(run.key))
     found = measure_separation(model, config, open_tokens(config.data, storage.tokens))
     partial = _file(run, storage).with_suffix(".part")
-    partial.write_text(json.dumps(to_dict(found)), encoding="utf-8")
+    partial.write_text(strict_json.dumps(to_dict(found)), encoding="utf-8")
     os.replace(partial, _file(run, storage))
 
 

@@ -11,7 +11,6 @@ or beside the model, and copies with the run to MLflow.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 import numpy as np
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs import strict_json
 from hrs.cluster.preflight import preflight
 from hrs.cluster.workers import reserved_runtime
 from hrs.data import TokenStore, open_tokens
@@ -261,7 +261,7 @@ def report(study: TopicStudy, source: str, path: Path, folder: Path, storage: St
     text = page(study, source)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "topics.json", folder / "topics.md"]
-    files[0].write_text(json.dumps({"model": str(path)} | study.to_dict(), indent=1), encoding="utf-8")
+    files[0].write_text(strict_json.dumps({"model": str(path)} | study.to_dict(), indent=1), encoding="utf-8")
     files[1].write_text(text, encoding="utf-8")
     print(f"\n{text}\ntopics: {files[0]}", flush=True)
     key = path.name

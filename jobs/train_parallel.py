@@ -10,7 +10,6 @@ known by its content: a study with the same fields finds it trained, whoever com
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs import strict_json
 from hrs.cluster.hardware import Hardware
 from hrs.cluster.inline import train_inline
 from hrs.cluster.preflight import connect, preflight
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runtime = replace(runtime, device="cuda" if gpus else "cpu")
         # The speed of several workers tells nothing of one process, which may train the same config.
         facts = {"device": f"{options.workers} workers", "tenants": 1}
-        (directory / DEVICE_FILE).write_text(json.dumps(facts), encoding="utf-8")
+        (directory / DEVICE_FILE).write_text(strict_json.dumps(facts), encoding="utf-8")
         return train_with_workers(config, storage.tokens, directory, runtime, geometry, gpus=gpus)
 
     print(f"{options.workers} workers on {hardware}", flush=True)

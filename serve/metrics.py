@@ -15,6 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from hrs import strict_json
+
 STALE_SECONDS = 30.0
 """A copy that is older is of a replica that is gone."""
 _WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -66,7 +68,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.replica}.json"
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(self.snapshot()), encoding="utf-8")
+        part.write_text(strict_json.dumps(self.snapshot()), encoding="utf-8")
         part.replace(path)
 
     def page(self, folder: Path | None) -> bytes:

@@ -5,11 +5,10 @@ break off. Serve calls :func:`middlewares` in the proxy if ``RAY_SERVE_HTTP_PROX
 model's code is not imported here: the proxy needs none of it.
 """
 
-import json
-
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hrs import strict_json
 from serve.errors import ApiError
 
 _SERVES_OWN = "/-/"
@@ -60,7 +59,7 @@ class _Reply:
         if not self._kept:
             await _refusal(self._status).response()(scope, receive, self._send)
         elif self._streams and not self._complete:
-            last = f"data: {json.dumps(_died().body())}\n\n"
+            last = f"data: {strict_json.dumps(_died().body())}\n\n"
             await self._send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
 

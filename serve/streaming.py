@@ -1,7 +1,6 @@
 """Replies while they grow, and clients that leave before they are finished."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -9,6 +8,7 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from hrs import strict_json
 from serve.backend import Piece, Running
 from serve.errors import ApiError, as_api_error
 
@@ -19,7 +19,7 @@ DONE = "data: [DONE]\n\n"
 
 def sse(document: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {strict_json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 class EventStream(StreamingResponse):

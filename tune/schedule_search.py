@@ -6,7 +6,6 @@ against late decays, and two schedules that end within each other's noise are a 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from hrs import strict_json
 from hrs.cluster.plan import Plan, lane_count
 from hrs.cluster.progress import TrialProgress
 from hrs.cluster.study import Run
@@ -52,7 +52,7 @@ def overrides_of(sample: Mapping[str, Any], config: ExperimentConfig) -> dict[st
     factors = {name.removeprefix(_PHASE): _rounded(v) for name, v in sample.items() if name.startswith(_PHASE)}
     if factors:
         phases = [dataclasses.asdict(_scaled(phase, factors)) for phase in config.training.phases]
-        changes["training.phases"] = json.dumps(phases, separators=(",", ":"))
+        changes["training.phases"] = strict_json.dumps(phases, separators=(",", ":"))
     return changes
 
 

@@ -6,7 +6,6 @@ clusters on one storage, and processes without Ray, are kept apart by :func:`hrs
 """
 
 import itertools
-import json
 import math
 import os
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hrs import strict_json
 from hrs.cluster.preflight import connect
 from hrs.config import DataConfig, ExperimentConfig, GeometryConfig
 from hrs.data import TokenStore, open_tokens
@@ -191,7 +191,9 @@ class ManifoldBuilder:
             ends = [started, *self._ended_at.values()]
             seconds = dict(zip(self._ended_at, (b - a for a, b in itertools.pairwise(ends)), strict=True))
             notes = {stage: note for stage, (_, note) in self._reports.items()}
-            (folder / STAGES).write_text(json.dumps({"seconds": seconds, "notes": notes}, indent=1), encoding="utf-8")
+            (folder / STAGES).write_text(
+                strict_json.dumps({"seconds": seconds, "notes": notes}, indent=1), encoding="utf-8"
+            )
             self._ended_at.clear()
         return manifold.digest
 

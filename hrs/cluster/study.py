@@ -1,11 +1,11 @@
 """A study: named presets times seeds at one scale, each run known by its content."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hrs import strict_json
 from hrs.config import DataConfig, ExperimentConfig
 from hrs.data import data_fingerprint
 from hrs.errors import HRSError
@@ -47,7 +47,7 @@ class Study:
         """Title and scale; overridden studies get a mark of their own, so that no table mixes two settings."""
         if not self.overrides:
             return f"{self.title}-{self.scale}"
-        mark = hashlib.sha256(json.dumps(self.overrides, sort_keys=True, default=str).encode()).hexdigest()[:6]
+        mark = hashlib.sha256(strict_json.dumps(self.overrides, sort_keys=True, default=str).encode()).hexdigest()[:6]
         return f"{self.title}-{self.scale}-{mark}"
 
     def runs(self) -> list[Run]:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from filelock import FileLock
 
+from hrs import strict_json
 from hrs.cluster.manifold import geometry_of
 from hrs.cluster.progress import TrialProgress
 from hrs.cluster.study import Run
@@ -135,7 +136,7 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
     if not (directory / DEVICE_FILE).exists():
         used = gpu_of(device)
         facts = {"device": used.properties.kind if used is not None else "cpu", "tenants": spec.tenants}
-        (directory / DEVICE_FILE).write_text(json.dumps(facts), encoding="utf-8")
+        (directory / DEVICE_FILE).write_text(strict_json.dumps(facts), encoding="utf-8")
     yield TrialProgress(stage="evaluate", step=steps, steps=steps)
     evaluation = evaluate(move(model, device), store, stride_frac=config.evaluation.stride_frac)
     evaluation.save(directory)

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hrs import strict_json
 from hrs.errors import HRSError
 
 
@@ -18,7 +19,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def canonical_json(config: Any) -> str:
     """Sorted keys, no spaces: equal configs give equal text."""
-    return json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return strict_json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
 
 
 def content_hash(config: Any) -> str:
@@ -47,7 +48,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat.update(flatten(value, f"{prefix}{f.name}."))
         elif isinstance(value, tuple):
-            flat[prefix + f.name] = json.dumps([_plain(item) for item in value], separators=(",", ":"))
+            flat[prefix + f.name] = strict_json.dumps([_plain(item) for item in value], separators=(",", ":"))
         else:
             flat[prefix + f.name] = value
     return flat

@@ -1,7 +1,6 @@
 """Building one token store: read the corpus, train the tokenizer, encode document by document, write Arrow files."""
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from hrs import strict_json
 from hrs.data.documents import SPLITS, Corpus, Document, SplitName, split_of
 from hrs.data.tokenization import build_tokenizer, end_of_text_id
 from hrs.errors import HRSError
@@ -43,7 +43,7 @@ def write_store(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
             raise _empty_split(corpus, split)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     meta = {"corpus": corpus.name, "tokenizer": tokenizer_name, "licence": corpus.licence, "topics": list(topics)}
-    (folder / "store.json").write_text(json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
+    (folder / "store.json").write_text(strict_json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
 
 
 def _empty_split(corpus: Corpus, split: SplitName) -> HRSError:

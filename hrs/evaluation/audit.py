@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 
+from hrs import strict_json
 from hrs.evaluation.audit_checks import (
     batch_independence,
     cached_decode,
@@ -44,7 +45,7 @@ class AuditReport:
         return all(test.passed for test in self.tests)
 
     def to_json(self) -> str:
-        return json.dumps({"causal": self.causal, "tests": [asdict(test) for test in self.tests]}, indent=1)
+        return strict_json.dumps({"causal": self.causal, "tests": [asdict(test) for test in self.tests]}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "AuditReport":

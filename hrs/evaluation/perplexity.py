@@ -141,10 +141,10 @@ def _evaluate(
     experts = [expert_statistics(layer) for layer in metrics.get("expert_usage", ())]
     return Evaluation(
         nats_per_token=nats_per_token,
-        perplexity=float(np.exp(nats_per_token)),
+        perplexity=_exp(nats_per_token),
         bits_per_byte=bits_of_nats * text_nats,
         bits_per_byte_shuffled=_shuffled(model, text, windows, length, batch_windows, bits_of_nats),
-        word_perplexity=float(np.exp(text_nats / int(text.n_words.sum()))),
+        word_perplexity=_exp(text_nats / max(1, int(text.n_words.sum()))),
         n_tokens=n_targets,
         loss_by_position=by_position / len(windows),
         flops_per_token=flops_per_token(model, ids[:1, :-1], None if context is None else context.rows(slice(1))),
@@ -158,6 +158,13 @@ def _evaluate(
         documents=documents,
         **(category_scores(model, store, split, batch_windows) if model.n_categories else {}),
     )
+
+
+def _exp(nats: float) -> float | None:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return None
 
 
 def _shuffled(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hrs import strict_json
 from hrs.errors import HRSError
 
 _NUMBERS, _DOCUMENTS = "evaluation.json", "documents.arrow"
@@ -22,12 +23,13 @@ class Evaluation:
 
     nats_per_token: float
     """Mean over all targets, end-of-text ones included."""
-    perplexity: float
-    """exp of that: comparable between models of one tokenizer only."""
+    perplexity: float | None
+    """exp of that: comparable between models of one tokenizer only. None if it is larger than any float64."""
     bits_per_byte: float
     """Loss of the text alone (no end-of-text targets) over its UTF-8 bytes: comparable between tokenizers."""
-    word_perplexity: float
-    """exp(loss of the text alone / words between white space)."""
+    word_perplexity: float | None
+    """exp(loss of the text alone / words between white space). None if it is larger than any float64, as in a language
+    that puts no spaces between words."""
     n_tokens: int
     """Targets scored: every token of the split but the first, each once."""
     loss_by_position: NDArray[np.float64]
@@ -64,8 +66,8 @@ class Evaluation:
     tokens (targets), bytes, words."""
 
     def metrics(self) -> dict[str, float]:
-        """Single numbers by short names; lists over blocks become their mean."""
-        names = ("nats_per_token", "perplexity", "bits_per_byte", "word_perplexity", "flops_per_token")
+        """Single numbers by short names, without those that are None; lists over blocks become their mean."""
+        names = ("nats_per_token", "bits_per_byte", "flops_per_token")
         metrics = {name: float(getattr(self, name)) for name in names}
         metrics["effective_rank"] = float(np.mean(self.effective_rank))
         by_block = (
@@ -76,7 +78,14 @@ class Evaluation:
             "dead_experts",
         )
         metrics |= {name: float(np.mean(getattr(self, name))) for name in by_block if getattr(self, name)}
-        optional = ("bits_per_byte_shuffled", "category_accuracy", "category_majority", "category_probe")
+        optional = (
+            "perplexity",
+            "word_perplexity",
+            "bits_per_byte_shuffled",
+            "category_accuracy",
+            "category_majority",
+            "category_probe",
+        )
         metrics |= {name: getattr(self, name) for name in optional if getattr(self, name) is not None}
         for index, share in enumerate(np.mean(self.tier_share, axis=0) if self.tier_share else []):
             metrics[f"tier_share_{index}"] = float(share)
@@ -89,7 +98,7 @@ class Evaluation:
         numbers["loss_by_position"] = self.loss_by_position.tolist()
         with pa.ipc.new_file(str(directory / f"{_DOCUMENTS}.part"), self.documents.schema) as writer:
             writer.write_table(self.documents)
-        (directory / f"{_NUMBERS}.part").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        (directory / f"{_NUMBERS}.part").write_text(strict_json.dumps(numbers, indent=1), encoding="utf-8")
         for name in (_DOCUMENTS, _NUMBERS):
             os.replace(directory / f"{name}.part", directory / name)
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hrs import strict_json
 from hrs.config import ExperimentConfig
 from hrs.data.store import TokenSplit, TokenStore
 from hrs.errors import HRSError
@@ -278,8 +279,10 @@ def to_dict(separations: Separations) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(values: Mapping[Task, Mapping[Source, dict[str, Any]]]) -> Separations:
-    """What :func:`to_dict` made, also after JSON."""
-    return {
-        task: {s: Separation(**score | {"replicates": tuple(score["replicates"])}) for s, score in scores.items()}
-        for task, scores in values.items()
-    }
+    """What :func:`to_dict` made, also after strict JSON, in which NaN is null."""
+    return {task: {s: _separation(score) for s, score in scores.items()} for task, scores in values.items()}
+
+
+def _separation(score: dict[str, Any]) -> Separation:
+    numbers: dict[str, Any] = {name: strict_json.number(score[name]) for name in score if name != "replicates"}
+    return Separation(**numbers, replicates=tuple(map(strict_json.number, score["replicates"])))

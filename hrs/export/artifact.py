@@ -26,6 +26,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from hrs import strict_json
 from hrs.config import ExperimentConfig, ModelConfig, from_dict, to_dict
 from hrs.data.tokenization import load_tokenizer
 from hrs.errors import HRSError
@@ -104,7 +105,7 @@ def serialise(
         "tokenizer": {"codec": codec, "stored": len(data), "size": len(text)},
         "tensors": [part.spec.to_dict() for part in packed],
     }
-    body = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    body = strict_json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     blocks = [data, *(block for part in packed for block in part.payload)]
     front = _PREAMBLE.pack(MAGIC, FORMAT, len(body), b"")[:16]
     content = b"".join((body, *blocks))

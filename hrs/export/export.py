@@ -1,11 +1,11 @@
 """From a checkpoint to an artifact that is reloaded and scored before any number is printed."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from hrs import strict_json
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore, TrainingWindows
 from hrs.evaluation import evaluate
@@ -57,7 +57,7 @@ class ExportResult:
 
     def to_json(self) -> str:
         derived = {"path": str(self.path), "gap": self.gap, "leak_alarm": self.leak_alarm}
-        return json.dumps(asdict(self) | derived, indent=1)
+        return strict_json.dumps(asdict(self) | derived, indent=1)
 
 
 def export(

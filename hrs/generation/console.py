@@ -1,12 +1,12 @@
 """What ``hrs generate`` prints: texts as they grow, one after another, or as JSON lines."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.generation.completion import Completion, encode_prompts, generate_text, n_unread, stream_text
 from hrs.generation.sampling import Sampling
@@ -88,4 +88,4 @@ def _as_json(completion: Completion, prompt_number: int, sample: int) -> str:
         "log_probs": [token.log_prob for token in completion.tokens],
         "entropies": [token.entropy for token in completion.tokens],
     }
-    return json.dumps(document, ensure_ascii=False)
+    return strict_json.dumps(document, ensure_ascii=False)

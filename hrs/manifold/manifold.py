@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.files import sha256_of, sync
 from hrs.models.geometry import TokenGeometry
@@ -93,7 +94,7 @@ class Manifold:
             "sha256": sha256_of(folder / TENSORS),
             "note": dict(note),
         }
-        (folder / NOTE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        (folder / NOTE).write_text(strict_json.dumps(document, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifold":

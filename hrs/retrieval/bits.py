@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from hrs import strict_json
 from hrs.data.store import TokenSplit
 from hrs.errors import HRSError
 from hrs.report.statistics import Interval, Scores, bootstrap
@@ -111,7 +112,7 @@ class RetrievalReport:
     """Length of each document in UTF-8."""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return strict_json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "RetrievalReport":
@@ -181,7 +182,7 @@ def follow_retrieval(
     gaps = [estimate.difference for estimate in (to_off[1], to_off[2], to_shuffled[1])]
     assert gaps[0] is not None and gaps[1] is not None and gaps[2] is not None
     return RetrievalReport(
-        options=json.loads(json.dumps(dataclasses.asdict(options))),
+        options=json.loads(strict_json.dumps(dataclasses.asdict(options))),
         n_documents=len(walks["off"].bits),
         n_bytes=int(walks["off"].n_bytes.sum()),
         n_tokens=int(walks["off"].n_tokens.sum()),

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hrs import strict_json
 from hrs.data.store import TokenSplit
 from hrs.data.windows import evaluation_windows
 from hrs.errors import HRSError
@@ -106,7 +107,7 @@ class Calibration:
             )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return strict_json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Calibration":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hrs.generation
+from hrs import strict_json
 from hrs.data.documents import SPLITS
 from hrs.data.store import TokenStore
 from hrs.errors import HRSError
@@ -67,7 +68,9 @@ class GatedPlan:
         slots are made, and the code."""
         rooms = (Path(__file__).parent, Path(hrs.generation.__file__).parent)
         code = code_fingerprint(file for room in rooms for file in room.rglob("*.py"))
-        content = json.dumps([dataclasses.asdict(self), model, data, slots, code, code_version()], sort_keys=True)
+        content = strict_json.dumps(
+            [dataclasses.asdict(self), model, data, slots, code, code_version()], sort_keys=True
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -91,7 +94,7 @@ class GatedResult:
     report: RetrievalReport
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return strict_json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "GatedResult":
@@ -104,7 +107,7 @@ class GatedResult:
             values: dict[str, Any] = json.loads(text)
             gate = values["gate"]
             values["gate"] = SetGate(settings=GateSettings(**gate["settings"]), share_fired=gate["share_fired"])
-            return cls(**values | {"report": RetrievalReport.from_json(json.dumps(values["report"]))})
+            return cls(**values | {"report": RetrievalReport.from_json(strict_json.dumps(values["report"]))})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise HRSError(f"this is no result of gated retrieval ({error}): measure it again") from error
 

@@ -6,7 +6,6 @@ at any moment goes on from there, and one that ran to its end adds nothing when 
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from hrs import strict_json
 from hrs.data.store import TokenStore
 from hrs.errors import HRSError
 from hrs.identity import code_fingerprint
@@ -162,7 +162,7 @@ def populated_once(
         "block": block,
         "code": code_fingerprint(Path(__file__).parent.rglob("*.py")),
     }
-    folder = root / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    folder = root / hashlib.sha256(strict_json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         store = EngramStore.open(
@@ -171,7 +171,7 @@ def populated_once(
         if not (folder / _WHOLE).exists():
             yield from populate(model, tokens, population, store, folder / "readings")
             shutil.rmtree(folder / "readings")
-            (folder / _WHOLE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            (folder / _WHOLE).write_text(strict_json.dumps(content, indent=1), encoding="utf-8")
     return store
 
 
@@ -184,7 +184,7 @@ def _reading_key(population: Population, memories: EngramStore, tokens: TokenSto
         "block": memories.block,
         "data": tokens.fingerprint,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(strict_json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_piece(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.tracking.owner import HEARTBEAT_SECONDS
 
@@ -69,13 +71,15 @@ class RunLogger:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Note the values of metrics at a step. Takes microseconds and never waits for the store.
 
+        Infinity is noted as NaN: MLflow would store the largest number there is, and draw it.
+
         Raises:
             HRSError: for a name the store would refuse, or when the run is finished.
         """
         if not values.keys() <= self._names:
             self._check_names(values)
         now = int(time.time() * 1000)
-        fresh = [(n, float(v), now, step) for n, v in values.items() if step > self._last_steps.get(n, -1)]
+        fresh = [(n, storable(v), now, step) for n, v in values.items() if step > self._last_steps.get(n, -1)]
         with self._changed:
             if self._closed:
                 raise HRSError(f"run {self.run_id} is finished: open it again to log more")
@@ -187,13 +191,17 @@ class RunLogger:
     def _write_spill(self) -> None:
         if self._buffer:
             self._spill.parent.mkdir(parents=True, exist_ok=True)
-            self._spill.write_text("".join(json.dumps(value) + "\n" for value in self._buffer))
+            self._spill.write_text("".join(strict_json.dumps(value) + "\n" for value in self._buffer))
             _logger.warning("%d values are kept in %s", len(self._buffer), self._spill)
 
     def _take_back_spill(self) -> None:
         if self._spill.exists():
-            values = [tuple(json.loads(line)) for line in self._spill.read_text().splitlines()]
-            self._buffer = [v for v in values if v[3] > self._last_steps.get(v[0], -1)]
+            values = [json.loads(line) for line in self._spill.read_text().splitlines()]
+            self._buffer = [
+                (name, strict_json.number(value), when, step)
+                for name, value, when, step in values
+                if step > self._last_steps.get(name, -1)
+            ]
             for name, _, _, step in self._buffer:
                 self._last_steps[name] = max(step, self._last_steps.get(name, -1))
 
@@ -211,6 +219,11 @@ def close_run(client: "MlflowClient", run_id: str, outcome: Outcome, reason: str
     tags = [RunTag("hrs.outcome", outcome), RunTag("hrs.reason", " ".join(reason.split())[:1000])]
     client.log_batch(run_id, tags=tags)
     client.set_terminated(run_id, TERMINAL_STATUS[outcome])
+
+
+def storable(value: float) -> float:
+    """Return a metric as MLflow stores it: it has NaN, but the largest number there is for infinity."""
+    return float(value) if math.isfinite(value) else math.nan
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from hrs.config import ExperimentConfig, flatten, to_dict
 from hrs.errors import HRSError
 from hrs.identity import code_version
 from hrs.storage import Storage
-from hrs.tracking.logger import Outcome, RunLogger, close_run
+from hrs.tracking.logger import Outcome, RunLogger, close_run, storable
 from hrs.tracking.owner import is_alive, this_process
 from hrs.tracking.reading import missing_record, read_record, status_of
 from hrs.tracking.store import connect, store_lock
@@ -118,7 +118,7 @@ class Tracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id(key), metrics=[Metric(n, v, now, 0) for n, v in values.items()])
+        self._client.log_batch(self.run_id(key), metrics=[Metric(n, storable(v), now, 0) for n, v in values.items()])
 
     def run_id(self, key: str) -> str:
         """MLflow's id of the run of ``key``, whichever study made it.

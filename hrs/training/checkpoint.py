@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hrs import strict_json
 from hrs.config import ExperimentConfig, from_dict, to_dict
 from hrs.errors import HRSError
 from hrs.files import sha256_of, sync
@@ -82,7 +83,7 @@ def write_checkpoint(directory: Path, state: Mapping[str, Any], files: Mapping[s
         sums = {name: sha256_of(partial / name) for name in files}
         sums["state"] = _sha256_json(state)
         document = {"format": FORMAT, "state": dict(state), "sha256": sums}
-        (partial / STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        (partial / STATE).write_text(strict_json.dumps(document, indent=1), encoding="utf-8")
         for path in (*(partial / name for name in files), partial / STATE, partial):
             sync(path)
         if final.exists():  # a damaged one that was passed over; rename cannot replace a folder that is not empty
@@ -214,9 +215,9 @@ def _steps(directory: Path) -> list[Path]:
 
 
 def _sha256_json(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def config_as_json(config: ExperimentConfig) -> dict[str, Any]:
     """The config as it comes back from JSON: tuples are lists, so that it compares equal after reading."""
-    return json.loads(json.dumps(to_dict(config)))
+    return json.loads(strict_json.dumps(to_dict(config)))

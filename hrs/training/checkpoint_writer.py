@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrs import strict_json
 from hrs.gpu import Gpu
 from hrs.training.averaging import Averages
 from hrs.training.checkpoint import AVERAGES, KEPT, TRAINER, WEIGHTS, write_checkpoint
@@ -107,7 +108,7 @@ class CheckpointWriter:
         files = self._copies()
         self._checkpoint_bytes = _bytes_of(files)
         event = None if self._gpu is None else self._gpu.record_event()
-        state = json.loads(json.dumps(state))
+        state = json.loads(strict_json.dumps(state))
         thread = threading.Thread(target=self._write, args=(state, files, event), name=THREAD_NAME)
         try:
             thread.start()

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrs import strict_json
+
 
 class IntervalMeans:
     """Running sums in float64 by name; values are scalars or vectors. Its state is part of a checkpoint, so that a
@@ -18,7 +20,8 @@ class IntervalMeans:
         self._sums: dict[str, list[float]] = {}
         self._counts: dict[str, int] = {}
         if state:
-            self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+            self._sums = {name: [strict_json.number(v) for v in sums] for name, sums in state["sums"].items()}
+            self._counts = dict(state["counts"])
 
     def add(self, values: Mapping[str, Sequence[Tensor]], taken: Tensor | None = None) -> None:
         """Take in detached values by name, each scalar or [k]; none if ``taken``, a boolean scalar, is False."""

@@ -12,7 +12,6 @@ encrypted nor authenticated: use a network that only you can reach.
 """
 
 import hashlib
-import json
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hrs import strict_json
 from hrs.config import SharingConfig
 from hrs.errors import HRSError
 from hrs.training.lazy_adamw import coalesced
@@ -398,6 +398,6 @@ def _rows(gradient: Tensor | None) -> int:
 def _means(values: Mapping[str, Sequence[Tensor]]) -> tuple[int, Tensor]:
     """A number for the names and sizes of ``values``, and the mean of each name's values, one after another."""
     means = [torch.stack([item.reshape(-1) for item in items]).double().mean(dim=0) for items in values.values()]
-    layout = json.dumps([(name, len(mean)) for name, mean in zip(values, means, strict=True)])
+    layout = strict_json.dumps([(name, len(mean)) for name, mean in zip(values, means, strict=True)])
     digest = hashlib.sha256(layout.encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True), torch.cat(means)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +17,8 @@ from properties import examples
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hrs.config import ModelConfig
-from hrs.data import TokenStore
+from hrs.config import DataConfig, ModelConfig
+from hrs.data import TokenStore, open_tokens
 from hrs.data.windows import history
 from hrs.errors import HRSError
 from hrs.evaluation import Evaluation, evaluate, perplexity
@@ -61,6 +62,25 @@ def test_a_uniform_model_costs_exactly_the_logarithm_of_the_vocabulary(small_sto
     assert evaluation.bits_per_byte == pytest.approx(log_v / math.log(2) * n_text / text.n_bytes.sum(), rel=1e-6)
     assert math.log(evaluation.word_perplexity) == pytest.approx(log_v * n_text / text.n_words.sum(), rel=1e-6)
     np.testing.assert_allclose(evaluation.loss_by_position, np.full(T, log_v), rtol=1e-6)
+
+
+def test_text_without_spaces_and_hopeless_losses_have_no_perplexity_but_whole_files(tmp_path: Path) -> None:
+    """Words between spaces do not exist in every language: no warning, no infinity, strict JSON, the same when read."""
+    rows = [{"text": chr(0x4E00 + i) * 400, "split": s} for i, s in enumerate(("train", "train", "validation", "test"))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = open_tokens(DataConfig(corpus=f"jsonl:{tmp_path}", tokenizer="bpe:257"), tmp_path / "tokens")
+    logits = torch.zeros(store.vocab_size)
+    logits[store.eot_id] = 2000.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluation = evaluate(UnigramLM(logits), store)
+        evaluation.save(tmp_path)
+    assert evaluation.perplexity is None and evaluation.word_perplexity is None
+    assert not {"perplexity", "word_perplexity"} & evaluation.metrics().keys()
+    assert all(math.isfinite(value) for value in evaluation.metrics().values())
+    text = (tmp_path / "evaluation.json").read_text()
+    assert "Infinity" not in text and "NaN" not in text
+    assert Evaluation.load(tmp_path).metrics() == evaluation.metrics()
 
 
 def test_a_unigram_model_costs_what_counting_says(small_store: TokenStore) -> None:

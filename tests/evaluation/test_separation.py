@@ -1,7 +1,9 @@
 """Topic separation against slow, obvious references, and on engrams whose answer is known."""
 
+import dataclasses
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from properties import examples
 
+from hrs import strict_json
 from hrs.data import TokenStore
 from hrs.errors import HRSError
 from hrs.evaluation import separation
@@ -179,6 +182,9 @@ def test_few_pairs_are_enough_for_an_auc_if_not_for_a_threshold() -> None:
     assert score is not None
     assert 0 <= score.auc <= 1
     assert np.isnan(score.accuracy) or 0 <= score.accuracy <= 1
+    unknown = dataclasses.replace(score, accuracy=math.nan, replicates=(0.5, math.nan))
+    read = from_dict(json.loads(strict_json.dumps(to_dict({"topic": {"trained": unknown}}))))["topic"]["trained"]
+    assert math.isnan(read.accuracy) and read.replicates[0] == 0.5 and math.isnan(read.replicates[1])
 
 
 # ---- segments and engrams --------------------------------------------------------------------------------------------
@@ -248,4 +254,4 @@ def test_a_run_is_measured_with_its_controls(small_store: TokenStore) -> None:
     assert found["topic"]["tokens"].low > 0.6, "topics of the small corpus have words of their own"
     cut = segments_of(small_store.validation, 24)
     assert found["document"]["embeddings"] == separate(embedding_engrams(fresh, cut), cut)
-    assert from_dict(json.loads(json.dumps(to_dict(found)))) == found
+    assert from_dict(json.loads(strict_json.dumps(to_dict(found)))) == found

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hrs import strict_json
 from hrs.config import ExperimentConfig, RetrievalConfig, canonical_json
 from hrs.data import TokenStore
 from hrs.data.documents import SPLITS
@@ -151,7 +152,7 @@ def _build(base: LanguageModel, store: TokenStore, config: RetrievalConfig, per_
             found = nearest(similarities[name], len(chunks[name]), documents, config.neighbours + SPARE, own)
             np.save(building / f"{name}.found.npy", found)
         sizes = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
-        (building / "bank.json").write_text(json.dumps({"files": sizes}), encoding="utf-8")
+        (building / "bank.json").write_text(strict_json.dumps({"files": sizes}), encoding="utf-8")
 
 
 def _encode(

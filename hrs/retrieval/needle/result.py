@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hrs import strict_json
 from hrs.data.store import TokenStore
 from hrs.identity import code_fingerprint, code_version
 from hrs.models.base import LanguageModel
@@ -101,7 +101,7 @@ class NeedleResult:
             "answers": {way: [dataclasses.asdict(a) for a in answers] for way, answers in self.answers.items()},
             "examples": self.examples,
         }
-        return json.dumps(document, indent=1, ensure_ascii=False)
+        return strict_json.dumps(document, indent=1, ensure_ascii=False)
 
     def _of(self, ranker: Ranker, level: int, depth: int | None) -> NDArray[np.int64]:
         chosen: NDArray[np.int64] = self.ranks[ranker][slice(None) if depth is None else depth, :, level]
@@ -148,7 +148,7 @@ def measure_needles(model: LanguageModel, tokens: TokenStore, plan: NeedlePlan) 
 def measurement_key(plan: NeedlePlan, model: str, data: str) -> str:
     """16 hex digits of all that a result follows from: the plan, the fingerprints of model and data, and the code."""
     code = code_fingerprint(Path(__file__).parents[1].rglob("*.py"))
-    content = json.dumps([dataclasses.asdict(plan), model, data, code, code_version()], sort_keys=True)
+    content = strict_json.dumps([dataclasses.asdict(plan), model, data, code, code_version()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

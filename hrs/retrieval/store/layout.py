@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.files import sync
 from hrs.retrieval.store.transform import Normalisation, Transform
@@ -73,11 +74,11 @@ class Manifest:
 
     def to_json(self) -> str:
         content = asdict(self)
-        return json.dumps({"format": FORMAT, "crc32": _checksum(content), "store": content}, indent=1)
+        return strict_json.dumps({"format": FORMAT, "crc32": _checksum(content), "store": content}, indent=1)
 
 
 def _checksum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return zlib.crc32(strict_json.dumps(content, sort_keys=True).encode())
 
 
 def parse_manifest(text: bytes, folder: Path) -> Manifest:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.retrieval.topics.records import Assignment, Match, Prompt, Topic, TopicInfo, shares
 
@@ -234,7 +235,7 @@ class TopicContexts:
 
     def to_json(self) -> str:
         """Everything, so that :meth:`from_json` goes on where this stands, to the last bit."""
-        return json.dumps(
+        return strict_json.dumps(
             {
                 "format": _FORMAT,
                 "width": self.width,
