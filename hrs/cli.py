@@ -295,16 +295,22 @@ def serve(
 
 
 @app.command()
-def report(study: Annotated[str, typer.Argument(help="The study's name, such as v1-tiny.")]) -> None:
+def report(
+    study: Annotated[str, typer.Argument(help="The study's name, such as v1-tiny.")],
+    code_version: Annotated[
+        str | None, typer.Option(help="Runs of an earlier code version instead of the newest one's.")
+    ] = None,
+) -> None:
     """Print a study's table and write its page again from what was tracked."""
-    from hrs.report import format_table, write_report
+    from hrs.cluster.pages import study_table, write_page
     from hrs.storage import open_storage
     from hrs.tracking import Tracker
 
     storage = open_storage()
-    records = Tracker(storage).study_records(study)
-    files = write_report(study, records, storage.report(study), command=f"hrs report {study}")
-    print(f"{format_table(records)}\n\nreport: {files.html}")
+    tracker = Tracker(storage)
+    records = tracker.study_records(study, code_version=code_version)
+    print(study_table(records), flush=True)
+    print(write_page(study, records, tracker, storage))
 
 
 @app.command()

@@ -9,6 +9,7 @@ Submitting the same study again runs only what is missing.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.hardware import Hardware, parse_gpus
 from hrs.cluster.manifold import build_manifolds
+from hrs.cluster.pages import write_page
 from hrs.cluster.plan import Plan, format_plan, plan_runs
 from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.study import Study
@@ -25,7 +27,7 @@ from hrs.config import parse_assignments
 from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.presets import STUDIES, get_study
-from hrs.report import format_table, write_report
+from hrs.report import format_table
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.training import Runtime
@@ -84,7 +86,12 @@ def study_of(options: argparse.Namespace) -> Study:
     overrides = parse_assignments(options.set) | ({"data.corpus": options.corpus} if options.corpus else {})
     title = options.name or ("custom" if options.presets else options.study)
     return Study(
-        title=title, presets=presets, scale=options.scale, seeds=tuple(range(options.seeds)), overrides=overrides
+        title=title,
+        presets=presets,
+        scale=options.scale,
+        seeds=tuple(range(options.seeds)),
+        overrides=overrides,
+        title_names_presets=bool(options.name or not options.presets),
     )
 
 
@@ -118,10 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = plan_runs(runs, finished, hardware, storage, runtime)
     print(format_plan(plan), flush=True)
     build_manifolds([trial.run.config for trial in plan.missing], storage, lambda line: print(line, flush=True))
-    study_id = tracker.open_study(study.name, {run.key: run.config for run in runs})
+    study_id = tracker.open_study(study.name, {run.key: run.config for run in runs}, command=shlex.join(sys.argv))
     interrupted = bool(plan.missing) and not run_missing(plan, study_id, storage, runtime)
     tracker.reap(study.name)
-    return conclude(study.name, study_id, store.fingerprint, tracker, storage, interrupted)
+    return conclude(study.name, study_id, keys, tracker, storage, interrupted)
 
 
 def run_missing(plan: Plan, study_id: str, storage: Storage, runtime: Runtime) -> bool:
@@ -132,22 +139,33 @@ def run_missing(plan: Plan, study_id: str, storage: Storage, runtime: Runtime) -
 
 
 def conclude(
-    study: str, study_id: str, data_fingerprint: str, tracker: Tracker, storage: Storage, interrupted: bool
+    study: str, study_id: str, keys: Sequence[str], tracker: Tracker, storage: Storage, interrupted: bool
 ) -> int:
-    """Print the table of whatever is there, write the report, and say how to go on if something is missing."""
-    records = tracker.study_records(study)
-    files = write_report(
-        study, records, storage.report(study), command=" ".join(sys.argv), data_fingerprint=data_fingerprint
-    )
-    tracker.log_study_artifact(study_id, files.html.parent)
-    print(f"\n{format_table(records)}\n\nreport: {files.html}", flush=True)
+    """Print the table of what was asked for, write the whole study's report, and say how to go on.
+
+    Only the runs of ``keys`` decide what is returned: the study may have more, of another sweep that shares its name.
+    """
+    records = tracker.study_records(study, with_history=False, keys=keys)
+    print(f"\n{format_table(records)}\n", flush=True)
+    has_page = keep_page(study, study_id, tracker, storage)
     unfinished = sum(record.status != "finished" for record in records)
     if interrupted:
         sentence = f"interrupted with {unfinished} of {len(records)} runs unfinished: the same command goes on"
         tracker.close_study(study_id, "killed", sentence)
         raise HRSError(sentence)
     tracker.close_study(study_id, "failed" if unfinished else "finished", f"{unfinished} runs unfinished")
-    return 1 if unfinished else 0
+    return 1 if unfinished or not has_page else 0
+
+
+def keep_page(study: str, study_id: str, tracker: Tracker, storage: Storage) -> bool:
+    """Write a study's report and keep a copy with it; False, and one sentence, if that is not possible."""
+    try:
+        print(write_page(study, tracker.study_records(study), tracker, storage), flush=True)
+        tracker.log_study_artifact(study_id, storage.report(study))
+    except HRSError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = storage.root / _FOLDER / "tables" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.txt"
         if not path.exists():
             save_whole(path, text)
-            study_id = tracker.open_study(STUDY, {}, extend=True)
+            study_id = tracker.open_study(STUDY, {})
             tracker.log_study_artifact(study_id, path)
             tracker.close_study(study_id, "finished")
         print(f"\n{text}\ntable: {path}", flush=True)

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (folder / "separation.txt").write_text(text, encoding="utf-8")
     by_run = {run.label: to_dict(scores[run.key]) for run in runs if run.key in scores}
     (folder / "separation.json").write_text(strict_json.dumps(by_run, indent=1), encoding="utf-8")
-    study_id = tracker.open_study(study.name, {}, extend=True)
+    study_id = tracker.open_study(study.name, {})
     tracker.log_study_artifact(study_id, folder)
     unfinished = f"{len(runs) - len(finished)} runs unfinished"
     tracker.close_study(study_id, "failed" if status else "finished", unfinished)

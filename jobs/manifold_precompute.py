@@ -136,7 +136,7 @@ def track(
     """Log energies, times, eigenvalues and the picture as a run of its own, once."""
     if key in tracker.finished([key]):
         return
-    study_id = tracker.open_study(STUDY, {}, extend=True)
+    study_id = tracker.open_study(STUDY, {})
     with tracker.open_run(key, study_id, config, fingerprint) as run:
         name = f"manifold {config.data.corpus} {config.data.tokenizer} {config.model.manifold.geometry.definition}"
         run.set_tags({"mlflow.runName": name, "hrs.kind": "manifold", "digest": manifold.digest})

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (folder / "positions.txt").write_text(table := position_table(lines), encoding="utf-8")
     if lines:
         plot_positions(lines, folder / "positions.png")
-    study_id = tracker.open_study(study.name, {}, extend=True)
+    study_id = tracker.open_study(study.name, {})
     tracker.log_study_artifact(study_id, folder)
     unfinished = sum(record.status != "finished" for record in records)
     tracker.close_study(study_id, "failed" if status else "finished", f"{unfinished} runs unfinished")

@@ -125,7 +125,7 @@ def track(measurement: Measurement, tracker: Tracker) -> None:
     key = measurement.key
     if key in tracker.finished([key]):
         return
-    study_id = tracker.open_study(measurement.study, {}, extend=True)
+    study_id = tracker.open_study(measurement.study, {})
     with tracker.open_run(key, study_id, measurement.config, measurement.data_fingerprint) as run:
         causal = str(measurement.causal).lower()
         run.set_tags({"mlflow.runName": measurement.name, "hrs.kind": measurement.kind, "causal": causal})

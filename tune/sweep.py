@@ -2,15 +2,23 @@
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
+import shutil
 import signal
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hrs.cluster.plan import Plan, TrialPlan
+from hrs.cluster.preflight import FREE_BYTES
+from hrs.cluster.study import Run
 from hrs.cluster.trial import TrialSpec
+from hrs.errors import HRSError
 from hrs.storage import Storage
+from hrs.tracking import Outcome, Tracker
+from hrs.tracking.owner import claim_folder
 from hrs.training import Runtime
 from tune.progress import ProgressLines
 from tune.trainable import Trial
@@ -23,24 +31,78 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 from ray import tune  # reads its environment when it is imported
 
 RETRIES = 2
-"""Times a trial is started again from its last checkpoint before it is reported as failed."""
+"""Times a trial whose process or node was lost is started again from its last checkpoint.
+
+A trial that ended by itself (it diverged, it does not fit, its code has a fault) is not: it would end so again."""
 
 
 def run_plan(plan: Plan, study_id: str, storage: Storage, runtime: Runtime) -> bool:
-    """Run every missing trial; a failing one never stops the others.
+    """Run every missing trial; a failing one never stops the others, and is tracked with its reason.
 
     Returns:
         True if the sweep came to its end, False if it was interrupted.
     """
     specs = {trial_spec(t, study_id, storage, runtime).to_json(): t for t in plan.missing}
-    tuner = tune.Tuner(
-        tune.with_resources(Trial, lambda config: trial_resources(specs[config["trial"]])),
-        param_space={"trial": tune.grid_search(list(specs))},
-        tune_config=tune_config(lambda config: specs[config["trial"]].run.key),
-        run_config=run_config("ablation", storage, ProgressLines(lambda config: specs[config["trial"]].run.label)),
-    )
+    endings = Endings(lambda config: specs[config["trial"]].run)
+    lines = ProgressLines(lambda config: specs[config["trial"]].run.label, endings.add)
+    with experiment_folder("ablation", storage) as name:
+        tuner = tune.Tuner(
+            tune.with_resources(Trial, lambda config: trial_resources(specs[config["trial"]])),
+            param_space={"trial": tune.grid_search(list(specs))},
+            tune_config=tune_config(lambda config: specs[config["trial"]].run.key),
+            run_config=run_config(name, storage, [lines]),
+        )
+        completed = fit(tuner, storage)
+    endings.record(study_id, storage)
+    return completed
+
+
+class Endings:
+    """How trials ended that did not finish: some could not record it, since they had not begun or were killed."""
+
+    def __init__(self, run_of: Callable[[Mapping[str, Any]], Run]) -> None:
+        """``run_of`` gives the run of Tune's parameters."""
+        self._run_of = run_of
+        self._ended: list[tuple[Run, Outcome, str]] = []
+
+    def add(self, parameters: Mapping[str, Any], outcome: Outcome, reason: str) -> None:
+        """Note one end."""
+        self._ended.append((self._run_of(parameters), outcome, reason))
+
+    def record(self, study_id: str, storage: Storage) -> None:
+        """Track what has no outcome yet."""
+        tracker = Tracker(storage)
+        tracker.reap()  # knows more of a crash than Ray does
+        for run, outcome, reason in self._ended:
+            tracker.note_end(run.key, study_id, run.config, run.data_fingerprint, outcome, reason)
+
+
+@contextlib.contextmanager
+def experiment_folder(kind: str, storage: Storage) -> Iterator[str]:
+    """Make a folder for Tune's own bookkeeping and remove it at the end: nothing reads it later. Yields its name."""
+    folder = storage.root / "tune" / f"{kind}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    claim_folder(folder)
+    try:
+        yield folder.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fit(tuner: tune.Tuner, storage: Storage) -> bool:
+    """Run Tune until all its trials ended; False if interrupted.
+
+    Raises:
+        HRSError: if the disk is full, which Tune's bookkeeping cannot bear.
+    """
     with interruptible() as interrupted:
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception as error:
+            storage.require_free(FREE_BYTES // 64)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise HRSError(f"the disk of {storage.root} is full: make room, then run the same command") from error
+            raise
     return not interrupted
 
 
@@ -83,7 +145,7 @@ def tune_config(name: Callable[[Mapping[str, Any]], str], **options: Any) -> tun
     )
 
 
-def run_config(name: str, storage: Storage, lines: ProgressLines) -> tune.RunConfig:
+def run_config(name: str, storage: Storage, callbacks: list[tune.Callback]) -> tune.RunConfig:
     """Tune's own bookkeeping, below the storage root and silent: our lines say what happens."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     return tune.RunConfig(
@@ -92,7 +154,7 @@ def run_config(name: str, storage: Storage, lines: ProgressLines) -> tune.RunCon
         verbose=0,
         progress_reporter=_Silent(),
         failure_config=tune.FailureConfig(max_failures=RETRIES),
-        callbacks=[lines],
+        callbacks=callbacks,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ray import tune
 
 from hrs.cluster.progress import TrialProgress
-from hrs.cluster.trial import TrialSpec, run_trial
+from hrs.cluster.trial import TrialSpec, reason_of, run_trial
 
 
 class Trial(tune.Trainable):
@@ -19,6 +19,7 @@ class Trial(tune.Trainable):
 
     def setup(self, config: Mapping[str, Any]) -> None:
         self._progress: Iterator[TrialProgress] = run_trial(self.spec(config))
+        self._step = 0
 
     def spec(self, config: Mapping[str, Any]) -> TrialSpec:
         """The trial that Tune's parameters stand for."""
@@ -29,8 +30,16 @@ class Trial(tune.Trainable):
         return next(self._progress)
 
     def step(self) -> dict[str, Any]:
-        progress = self.advance()
-        return asdict(progress) | {"done": progress.stage == "done"}
+        """Return the next report. What the trial itself raises is the last one: to do it again would end the same.
+
+        Tune's own retries are left to trials that are lost: killed, or gone with their node.
+        """
+        try:
+            progress = self.advance()
+        except Exception as error:
+            progress = TrialProgress(stage="failed", step=self._step, steps=self._step, reason=reason_of(error))
+        self._step = progress.step
+        return asdict(progress) | {"done": progress.is_last}
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
         self.cleanup()

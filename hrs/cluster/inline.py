@@ -1,5 +1,7 @@
 """Runs one after the other, driven by this process: what ``hrs train`` does."""
 
+import shlex
+import sys
 import time
 
 from hrs.cluster.progress import Pace
@@ -17,7 +19,7 @@ def train_inline(study: Study, runtime: Runtime, trainer: Trainer = train) -> No
     tracker = Tracker(storage)
     runs = study.runs()
     keys = [run.key for run in runs]
-    study_id = tracker.open_study(study.name, {run.key: run.config for run in runs})
+    study_id = tracker.open_study(study.name, {run.key: run.config for run in runs}, command=shlex.join(sys.argv))
     finished, pace = tracker.finished(keys), Pace(every_seconds=5.0)
     for run in runs:
         if run.key in finished:
@@ -28,5 +30,5 @@ def train_inline(study: Study, runtime: Runtime, trainer: Trainer = train) -> No
             if pace.lets_through(run.label, progress, time.monotonic()):
                 print(progress.line(run.label), flush=True)
     tracker.close_study(study_id, "finished")
-    print("\n" + format_table(tracker.study_records(study.name, with_history=False)))
+    print("\n" + format_table(tracker.study_records(study.name, with_history=False, keys=keys)))
     print("\n".join(f"run {run.label}: {storage.run(run.key)}" for run in runs))

@@ -35,6 +35,8 @@ class Study:
     scale: str
     seeds: tuple[int, ...]
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    title_names_presets: bool = True
+    """False if the title is the same whatever the presets are: the name then tells them apart."""
 
     def __post_init__(self) -> None:
         if not self.presets or not self.seeds:
@@ -44,10 +46,17 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Title and scale; overridden studies get a mark of their own, so that no table mixes two settings."""
-        if not self.overrides:
+        """Title and scale, and a mark of what else selects the runs: no table mixes two settings.
+
+        That is the overrides, and the presets unless the title stands for them. Seeds are no setting: a study of the
+        same name with more of them has more runs (:meth:`hrs.tracking.Tracker.open_study`).
+        """
+        selection: dict[str, Any] = dict(self.overrides)
+        if not self.title_names_presets:
+            selection["presets"] = self.presets
+        if not selection:
             return f"{self.title}-{self.scale}"
-        mark = hashlib.sha256(strict_json.dumps(self.overrides, sort_keys=True, default=str).encode()).hexdigest()[:6]
+        mark = hashlib.sha256(strict_json.dumps(selection, sort_keys=True, default=str).encode()).hexdigest()[:6]
         return f"{self.title}-{self.scale}-{mark}"
 
     def runs(self) -> list[Run]:

@@ -4,16 +4,17 @@ Everything a trial learns is on disk below ``Storage.run(key)`` before it is rep
 moment continues where its last checkpoint was, in the same tracked run.
 """
 
+import errno
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from hrs import strict_json
 from hrs.cluster.manifold import geometry_of
@@ -30,8 +31,14 @@ from hrs.models.geometry import TokenGeometry
 from hrs.report.plots import plot_loss_by_position
 from hrs.storage import Storage, open_storage
 from hrs.tracking import SILENT_SECONDS, Outcome, RunBusy, RunLogger, Tracker
+from hrs.tracking.crash import recording_crashes
 from hrs.training import Progress, Runtime, latest_checkpoint, load_model, train
 from hrs.training.memory import cap_process_memory
+
+LOOK_AGAIN_SECONDS = 2.0
+"""Between two attempts to get a run that another process has."""
+_STOPPED_FILE = "stopped"
+"""In a run's directory: why a scheduler ended it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +55,6 @@ class TrialSpec:
     :meth:`hrs.training.Runtime.reserving`."""
     tenants: int = 1
     """Trials that were planned for that GPU at once."""
-    stop_outcome: Literal["killed", "stopped"] = "killed"
-    """What it means when the trial is closed before its end: a cancel, or a scheduler's decision."""
 
     def to_json(self) -> str:
         return canonical_json(self)
@@ -70,22 +75,57 @@ Trainer = Callable[[ExperimentConfig, TokenStore, Path, Runtime, TokenGeometry |
 def run_trial(spec: TrialSpec, trainer: Trainer = train) -> Iterator[TrialProgress]:
     """Train, evaluate and audit one run, tracking everything; yields as it goes, ends after ``done``.
 
-    Closing the generator early ends the tracked run with ``spec.stop_outcome``. Whatever exception ends it is recorded
-    as the run's failure and raised.
+    Closing the generator early ends the tracked run as ``stopped`` if a scheduler decided so (:func:`mark_stopped`),
+    else as ``killed``. Whatever exception ends it is recorded as the run's failure and raised.
     """
     storage = open_storage(spec.storage_root)
     run, steps = spec.run, spec.run.config.training.steps
     directory = storage.run(run.key)
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / "lock"):  # a second sweep over the same run waits, then finds it done
+    waiting = TrialProgress(stage="waiting", step=0, steps=steps, reason="another process works on this run")
+    lock = FileLock(directory / "lock")
+    yield from _acquire(lock, waiting)  # a second sweep over the same run waits, then finds it done
+    try:
         (directory / "config.json").write_text(canonical_json(run.config))
+        (directory / _STOPPED_FILE).unlink(missing_ok=True)
         tracker = Tracker(storage)
         if not tracker.finished([run.key]):
-            yield from _until_finished(spec, trainer, _open_run(tracker, spec), storage)
-    yield TrialProgress(stage="done", step=steps, steps=steps)
+            logger = yield from _open_run(tracker, spec, waiting)
+            yield from _until_finished(spec, trainer, logger, storage)
+        loss = tracker.last_value(run.key, "validation_loss")
+    finally:
+        lock.release()
+    yield TrialProgress(stage="done", step=steps, steps=steps, validation_loss=loss)
 
 
-def _open_run(tracker: Tracker, spec: TrialSpec) -> RunLogger:
+def reason_of(error: BaseException) -> str:
+    """Return why a trial ended, as one line: a user's sentence as it is, anything else with its type and place."""
+    if isinstance(error, HRSError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}): make room, then run the same command again"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + place
+
+
+def mark_stopped(storage: Storage, key: str, step: int) -> None:
+    """Note that a scheduler ends a run early, before the run is closed: a cancel closes it in the same way."""
+    (storage.run(key) / _STOPPED_FILE).write_text(f"a scheduler ended it at step {step}", encoding="utf-8")
+
+
+def _acquire(lock: FileLock, waiting: TrialProgress) -> Generator[TrialProgress, None, None]:
+    """Take a lock; yields ``waiting`` while another process holds it."""
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            return
+        except Timeout:
+            yield waiting
+            time.sleep(LOOK_AGAIN_SECONDS)
+
+
+def _open_run(tracker: Tracker, spec: TrialSpec, waiting: TrialProgress) -> Generator[TrialProgress, None, RunLogger]:
     """Open the tracked run, waiting for a writer on another machine that died to be known as dead."""
     run, patience_ends = spec.run, time.monotonic() + 2 * SILENT_SECONDS
     while True:
@@ -94,18 +134,24 @@ def _open_run(tracker: Tracker, spec: TrialSpec) -> RunLogger:
         except RunBusy:
             if time.monotonic() > patience_ends:
                 raise
-            time.sleep(10)
+            yield waiting
+            time.sleep(LOOK_AGAIN_SECONDS)
 
 
 def _until_finished(spec: TrialSpec, trainer: Trainer, logger: RunLogger, storage: Storage) -> Iterator[TrialProgress]:
     try:
-        yield from _steps(spec, trainer, storage, logger)
+        with recording_crashes(storage.run(spec.run.key)):
+            yield from _steps(spec, trainer, storage, logger)
     except GeneratorExit:
-        logger.finish(spec.stop_outcome, "closed before its last step")
+        stopped = storage.run(spec.run.key) / _STOPPED_FILE
+        if stopped.exists():
+            logger.finish("stopped", stopped.read_text(encoding="utf-8"))
+        else:
+            logger.finish("killed", "closed before its last step")
         raise
     except BaseException as error:
         outcome: Outcome = "failed" if isinstance(error, Exception) else "killed"
-        logger.finish(outcome, str(error) if isinstance(error, HRSError) else f"{type(error).__name__}: {error}")
+        logger.finish(outcome, reason_of(error))
         raise
     logger.finish("finished")
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hrs.identity import code_version
 from hrs.presets import PRESETS
 from hrs.report.notes import notes
 from hrs.report.records import RunRecord
@@ -56,11 +55,12 @@ class Detail:
 
 
 def write_report(
-    study: str, records: Sequence[RunRecord], directory: Path, *, command: str = "", data_fingerprint: str = ""
+    study: str, records: Sequence[RunRecord], directory: Path, *, commands: Sequence[str] = ()
 ) -> ReportFiles:
     """Write ``report.html``, ``report.md``, ``table.txt`` and ``plots/*.png`` below ``directory``.
 
-    The baseline is the preset of the first record. ``command`` is what a reader types to run the study again.
+    The baseline is the preset of the first record. ``commands`` is what a reader types to run the study again; what
+    else a page says of its origin comes from the records.
 
     Raises:
         HRSError: if the records cannot stand in one table (see :func:`hrs.report.rows.compare_presets`).
@@ -70,7 +70,7 @@ def write_report(
     comparison, groups = compare_presets(records), by_preset(records)
     (directory / "plots").mkdir(parents=True, exist_ok=True)
     plots = draw_plots(groups, directory / "plots")
-    facts, origin = _facts(groups), _origin(records, command, data_fingerprint)
+    facts, origin = _facts(groups), _origin(records, commands)
     environment = Environment(
         loader=PackageLoader("hrs", "report"),
         autoescape=True,
@@ -102,11 +102,15 @@ def write_report(
 
 
 def _markdown(
-    study: str, comparison: Comparison, facts: Mapping[str, str], origin: Mapping[str, str], plots: "Sequence[Plot]"
+    study: str,
+    comparison: Comparison,
+    facts: Mapping[str, str],
+    origin: Sequence[tuple[str, str]],
+    plots: "Sequence[Plot]",
 ) -> str:
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     figures = [f"![{plot.caption}](plots/{plot.path.name})" for plot in plots]
-    again = "\n".join(f"- {name}: `{value}`" for name, value in origin.items())
+    again = "\n".join(f"- {name}: `{value}`" for name, value in origin)
     table = markdown_table(comparison).rstrip()
     return "\n\n".join([f"# {study}", head, table, *figures, "## How to get this again", again]) + "\n"
 
@@ -138,14 +142,19 @@ def _training_tokens(config: Mapping[str, Any]) -> int:
     return training["steps"] * training["batch_sequences"] * int(config["model"]["max_seq_len"])
 
 
-def _origin(records: Sequence[RunRecord], command: str, data_fingerprint: str) -> dict[str, str]:
-    """What a reader needs to get the same numbers again."""
-    origin = {"command": command, "code version": code_version(), "data fingerprint": data_fingerprint}
+def _origin(records: Sequence[RunRecord], commands: Sequence[str]) -> list[tuple[str, str]]:
+    """What a reader needs to get the same numbers again, as the runs themselves have it."""
+    origin = [("command", command) for command in commands]
+    for name, values in (
+        ("code version", [r.code_version for r in records]),
+        ("data fingerprint", [r.data_fingerprint for r in records]),
+    ):
+        origin.append((name, ", ".join(dict.fromkeys(filter(None, values)))))
     if tables := [r.documents for r in records if r.documents is not None]:
         texts = repr((tables[0]["title"].to_pylist(), tables[0]["bytes"].to_pylist()))
         digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
-        origin["validation documents"] = f"sha256 of titles and sizes {digest}"
-    return {name: value for name, value in origin.items() if value}
+        origin.append(("validation documents", f"sha256 of titles and sizes {digest}"))
+    return [(name, value) for name, value in origin if value]
 
 
 def _details(comparison: Comparison, groups: Mapping[str, Sequence[RunRecord]]) -> list[Detail]:

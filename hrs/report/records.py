@@ -43,6 +43,12 @@ class RunRecord:
     """Mean nats of the token at each position of the context, [T]."""
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Curves by metric name: (step, value) in order of steps."""
+    code_version: str = ""
+    """Version of the code that made the run (:func:`hrs.identity.code_version`); empty if it never ran."""
+    data_fingerprint: str = ""
+    """Of the token store that the run was trained on; empty if it never ran."""
+    sample: dict[str, Any] = field(default_factory=dict)
+    """What a search drew for this run, by name of the field; empty for a run that no search made."""
     config: dict[str, Any] = field(default_factory=dict)
     """The experiment as nested dicts, as :func:`hrs.config.to_dict` gives it."""
     tier_share: list[list[float]] | None = None

@@ -3,7 +3,10 @@
 import os
 import socket
 import time
+from pathlib import Path
 
+OWNER_FILE = "owner"
+"""In a temporary folder: who made it."""
 HEARTBEAT_SECONDS = 30
 SILENT_SECONDS = 20 * HEARTBEAT_SECONDS
 """A process on another host that has not been heard of for so long counts as dead."""
@@ -14,6 +17,20 @@ def this_process() -> str:
     import psutil
 
     return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def claim_folder(folder: Path) -> None:
+    """Write down that this process uses a folder, so that it can be removed when the process is gone."""
+    (folder / OWNER_FILE).write_text(this_process(), encoding="utf-8")
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Return True if the process that claimed a folder is known to be gone."""
+    try:
+        owner = (folder / OWNER_FILE).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return owner.count(":") >= 2 and not is_alive(owner, None)
 
 
 def is_alive(owner: str, heartbeat_seconds: float | None) -> bool:

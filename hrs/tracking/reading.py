@@ -57,6 +57,8 @@ def read_record(client: "MlflowClient", run: "Run", with_history: bool) -> "RunR
         seed=int(tags["seed"]),
         status=status_of(run),
         reason=tags.get("hrs.reason", ""),
+        code_version=tags.get("hrs.code_version", ""),
+        data_fingerprint=tags.get("hrs.data_fingerprint", ""),
         causal=audit["causal"] if audit else None,
         audit_failures=tuple(f"{t['name']}: {t['detail']}" for t in audit["tests"] if not t["passed"]) if audit else (),
         parameters=_integer(summary.get("parameters")),

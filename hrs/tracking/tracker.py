@@ -1,20 +1,24 @@
 """Studies and runs: found again by name and key, continued, closed when their process died, read back as records."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hrs import strict_json
 from hrs.config import ExperimentConfig, flatten, to_dict
 from hrs.errors import HRSError
 from hrs.identity import code_version
 from hrs.storage import Storage
+from hrs.tracking.crash import why_it_ended
 from hrs.tracking.logger import Outcome, RunLogger, close_run, storable
 from hrs.tracking.owner import is_alive, this_process
 from hrs.tracking.reading import missing_record, read_record, status_of
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
 _PARAM_VALUE_CHARACTERS = 6000  # MLflow's limits
 _PARAMS_PER_REQUEST = 100
 _RUNS_FILE = "study.json"
+_COMMANDS_TAG = "hrs.commands"
+_TAG_CHARACTERS = 4000
+"""MLflow's limit is 8000 today and was 5000."""
 
 
 class RunBusy(HRSError):
@@ -47,23 +54,38 @@ class Tracker:
 
     # ---- studies -----------------------------------------------------------------------------------------------------
 
-    def open_study(self, name: str, runs: Mapping[str, ExperimentConfig], *, extend: bool = False) -> str:
+    def open_study(
+        self,
+        name: str,
+        runs: Mapping[str, ExperimentConfig],
+        *,
+        samples: Mapping[str, Mapping[str, Any]] | None = None,
+        command: str = "",
+    ) -> str:
         """Start or continue a study and return its tracking id.
 
-        ``runs`` (run key to config, in the order of the report) becomes the study's list, or is added to it if
-        ``extend``. Runs that another study already made belong to the list like any other.
+        ``runs`` (run key to config, in the order of the report) are added to the study's list, which loses nothing but
+        entries that name the same run of this code: after the corpus has changed, a run has another key. Runs that
+        another study already made belong to the list like any other.
+
+        Args:
+            samples: what a search drew for the runs, by key.
+            command: what a reader types to make these runs again; kept with the study, once.
         """
-        planned = {k: {"preset": c.preset, "scale": c.scale, "seed": c.seed} for k, c in runs.items()}
+        made = {key: _entry(config, (samples or {}).get(key, {})) for key, config in runs.items()}
         with store_lock(self._storage):
-            study = self._study(name)
+            study, planned, commands = self._study(name), {}, []
             if study is None:
                 tags = {"hrs.kind": "study", "hrs.study": name}
                 study_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
             else:
-                study_id = study.info.run_id
-                planned = (self._planned(study) if extend else {}) | planned
-            self._claim(study_id, {"hrs.code_version": code_version()})
-            self._client.log_dict(study_id, planned, _RUNS_FILE)
+                study_id, planned, commands = study.info.run_id, self._planned(study), _commands(study)
+            planned = {key: entry for key, entry in planned.items() if key in made or entry not in made.values()}
+            tags = {"hrs.code_version": code_version()}
+            if command and command not in commands:
+                tags[_COMMANDS_TAG] = _as_tag([*commands, command])
+            self._claim(study_id, tags)
+            self._client.log_dict(study_id, planned | made, _RUNS_FILE)
         return study_id
 
     def close_study(self, study_id: str, outcome: Outcome, reason: str = "") -> None:
@@ -82,20 +104,57 @@ class Tracker:
         return [run.data.tags["hrs.study"] for run in self._search("tags.`hrs.kind` = 'study'")]
 
     def study_keys(self, name: str) -> list[str]:
-        """Keys of all runs of a study, in its order, wherever they were made.
+        """Return the keys of the runs that :meth:`study_records` gives.
 
         Raises:
             HRSError: if there is no such study.
         """
-        return list(self._planned(self._require_study(name)))
+        return _of_version(name, *self._versions(name), None)
 
-    def study_records(self, name: str, with_history: bool = True) -> "list[RunRecord]":
-        """Records of all runs of a study; one that never ran is ``missing`` but knows its preset, scale and seed."""
-        planned = self._planned(self._require_study(name))
-        return [
-            dataclasses.replace(record, **planned[record.key]) if record.status == "missing" else record
-            for record in self.records(planned, with_history)
-        ]
+    def study_commands(self, name: str) -> list[str]:
+        """Return the commands that made the runs of a study, the oldest first.
+
+        Raises:
+            HRSError: if there is no such study.
+        """
+        return _commands(self._require_study(name))
+
+    def study_versions(self, name: str) -> list[str]:
+        """Return the code versions whose runs a study lists; the last one is what :meth:`study_records` gives.
+
+        Raises:
+            HRSError: if there is no such study.
+        """
+        return self._versions(name)[1]
+
+    def study_records(
+        self,
+        name: str,
+        with_history: bool = True,
+        *,
+        keys: Sequence[str] | None = None,
+        code_version: str | None = None,
+    ) -> "list[RunRecord]":
+        """Return the records of a study's runs; one that never ran is ``missing`` but knows preset, scale and seed.
+
+        Runs of different code never stand in one list: without ``keys`` or ``code_version`` it is that of the code
+        which ran the study last.
+
+        Args:
+            keys: only these runs, in this order, such as those that one of several sweeps asked for.
+            code_version: only the runs of that code.
+
+        Raises:
+            HRSError: if there is no such study, or it has no runs of that code.
+        """
+        planned, versions = self._versions(name)
+        keys = _of_version(name, planned, versions, code_version) if keys is None else keys
+        records = []
+        for record in self.records(keys, with_history):
+            entry = planned[record.key]
+            known = entry if record.status == "missing" else {"sample": entry.get("sample", {})}
+            records.append(dataclasses.replace(record, **known))
+        return records
 
     # ---- runs --------------------------------------------------------------------------------------------------------
 
@@ -157,6 +216,30 @@ class Tracker:
         last_steps = {metric.key: metric.step for metric in run.data._metric_objs}
         return RunLogger(self._client, run.info.run_id, self._storage.run(key), last_steps, monitor)
 
+    def note_end(
+        self,
+        key: str,
+        study_id: str,
+        config: ExperimentConfig,
+        data_fingerprint: str,
+        outcome: Outcome,
+        reason: str,
+    ) -> None:
+        """Record how a run ended that could not do so itself: it failed before it was tracked, or its process is gone.
+
+        A run that has an outcome already keeps it.
+        """
+        status = status_of(self._find(key))
+        if status not in ("missing", "running"):
+            return
+        with contextlib.suppress(RunBusy):  # somebody else has it by now
+            self.open_run(key, study_id, config, data_fingerprint).finish(outcome, reason)
+
+    def last_value(self, key: str, metric: str) -> float:
+        """Return the value of a metric at its last step; NaN if there is none, or no run of ``key``."""
+        run = self._find(key)
+        return float(run.data.metrics.get(metric, math.nan)) if run is not None else math.nan
+
     def statuses(self, keys: Iterable[str]) -> "dict[str, Status]":
         """How each run stands, whichever study made it; ``missing`` if none did."""
         return {key: status_of(self._find(key)) for key in keys}
@@ -182,7 +265,8 @@ class Tracker:
                 if _has_living_owner(run) or self._client.get_run(run.info.run_id).info.status != "RUNNING":
                     continue  # the second look: it may have finished between the search and its end
                 owner = run.data.tags.get("hrs.owner", "unknown")
-                close_run(self._client, run.info.run_id, "killed", f"its process {owner} ended without a word")
+                directory = self._storage.run(run.data.tags.get("hrs.run_key", ""))
+                close_run(self._client, run.info.run_id, "killed", why_it_ended(directory, owner))
                 closed.append(run.info.run_name)
         return closed
 
@@ -210,6 +294,15 @@ class Tracker:
         if study is None:
             raise HRSError(f"there is no study '{name}'; there are {', '.join(self.studies()) or 'none yet'}")
         return study
+
+    def _versions(self, name: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Return a study's list, and the code versions in it with the one that ran last at the end."""
+        study = self._require_study(name)
+        planned = self._planned(study)
+        versions = dict.fromkeys(entry.get("code_version", "") for entry in planned.values())
+        if (newest := study.data.tags.get("hrs.code_version", "")) in versions:
+            versions[newest] = versions.pop(newest)
+        return planned, list(versions)
 
     def _planned(self, study: "Run") -> dict[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
@@ -260,6 +353,34 @@ class Tracker:
         monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self._storage.tracking_uri)
         monitor.start()
         return monitor
+
+
+def _entry(config: ExperimentConfig, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a study's list says of a run, by the names that :class:`hrs.report.RunRecord` has for it."""
+    facts = {"preset": config.preset, "scale": config.scale, "seed": config.seed, "code_version": code_version()}
+    return facts | ({"sample": dict(sample)} if sample else {})
+
+
+def _of_version(
+    study: str, planned: Mapping[str, Mapping[str, Any]], versions: Sequence[str], wanted: str | None
+) -> list[str]:
+    """Return the keys of one code version's runs, of the last one if none is named."""
+    if wanted is not None and wanted not in versions:
+        there = ", ".join(filter(None, versions)) or "none"
+        raise HRSError(f"study '{study}' has no runs of code version {wanted} (it has: {there}): name one of those")
+    wanted = versions[-1] if versions and wanted is None else wanted
+    return [key for key, entry in planned.items() if entry.get("code_version", "") == wanted]
+
+
+def _commands(study: "Run") -> list[str]:
+    return list(json.loads(study.data.tags.get(_COMMANDS_TAG, "[]")))
+
+
+def _as_tag(commands: list[str]) -> str:
+    """Return the list as JSON that fits into a tag: without the oldest, if they are too many."""
+    while len(text := strict_json.dumps(commands)) > _TAG_CHARACTERS and len(commands) > 1:
+        commands = commands[1:]
+    return text
 
 
 def _of_study(name: str) -> str:

@@ -26,6 +26,7 @@ from hrs.presets import experiment
 from hrs.storage import Storage
 from hrs.training import Runtime
 from hrs.training.runtime import DEFAULT_RUNTIME
+from jobs.ablation_sweep import parse, study_of
 from tests.simulated_gpu import SimulatedGpu, simulated_gpus
 
 
@@ -56,6 +57,17 @@ def test_overridden_studies_have_names_of_their_own() -> None:
     assert plain.name == "v1-tiny"
     assert changed.name.startswith("v1-tiny-")
     assert changed.name == dataclasses.replace(plain, overrides={"training.steps": "7"}).name
+
+
+def test_studies_of_chosen_presets_have_names_of_their_own_unless_they_were_named() -> None:
+    def name(*arguments: str) -> str:
+        return study_of(parse(list(arguments))).name
+
+    one, other = name("--presets", "dense_baseline,full_hrs"), name("--presets", "dense_baseline,dual_head")
+    assert one != other and one.startswith("custom-tiny-")
+    assert one == name("--presets", "dense_baseline,full_hrs", "--seeds", "3"), "more seeds are more of the same"
+    assert name("--presets", "dense_baseline", "--name", "mine") == "mine-tiny"
+    assert name("--study", "v1", "--seeds", "2") == "v1-tiny"
 
 
 def test_an_empty_study_is_refused() -> None:

@@ -40,3 +40,9 @@ def test_a_search_ends_with_the_best_schedule(small_corpus: Path, tmp_path: Path
     assert best.config["training"]["schedule"]["peak_lr"] == config.training.schedule.peak_lr
     assert best.config["training"]["schedule"]["shape"] == config.training.schedule.shape
     assert (tmp_path / "studies" / study / "report" / "best_schedule.png").stat().st_size > 1000
+
+    # The same command finds everything done, and names the same winner.
+    again = subprocess.run([*job, *search, *corpus], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{SAMPLES} of {SAMPLES} schedules were tried before" in again.stdout
+    assert re.findall(r"^best .*|--set .*", again.stdout, re.M) == re.findall(r"^best .*|--set .*", ended.stdout, re.M)

@@ -58,6 +58,8 @@ def record(preset: str = "dense_baseline", seed: int = 0, nats_per_byte: float =
         "scale": "tiny",
         "seed": seed,
         "status": "finished",
+        "code_version": "code-of-runs",
+        "data_fingerprint": "data-of-runs",
         "causal": not PRESETS[preset].leaks,
         "parameters": 1_234_567 + 10_000 * len(preset),
         "tokens_per_second": 12_345.0 + 100 * seed,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from hrs.identity import code_version
 from hrs.presets import experiment
 from hrs.report import ReportFiles, RunRecord, write_report
 from hrs.report.plots import plot_loss_by_position, plot_schedule
@@ -21,7 +22,7 @@ Make = Callable[..., RunRecord]
 @pytest.fixture(scope="module")
 def files(study: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
     folder = tmp_path_factory.mktemp("study") / "report"
-    return write_report("v1 <all>", study, folder, command="hrs sweep --study v1", data_fingerprint="abc123")
+    return write_report("v1 <all>", study, folder, commands=["hrs sweep --study v1", "hrs sweep --seeds 3"])
 
 
 class Page(HTMLParser):
@@ -62,9 +63,11 @@ def test_the_page_says_what_was_compared_how_and_how_to_get_it_again(
     config = experiment("dense_baseline", "tiny")
     tokens = f"{config.training.steps * config.tokens_per_step / 1000:.0f}k"
     compared = (config.data.corpus, config.data.tokenizer, tokens, "0, 1, 2", "29 of 33")
-    for needed in (*compared, "hrs sweep --study v1", "abc123", "4,000 bootstrap"):
+    origin = ("hrs sweep --study v1", "hrs sweep --seeds 3", "data-of-runs", "code-of-runs")
+    for needed in (*compared, *origin, "4,000 bootstrap"):
         assert needed in text, needed
     assert all(record.key in text for record in study)
+    assert code_version() not in text, "the code that writes a page says nothing of its runs"
     assert "model.engram.kind" in text and "freezes engram.encoder" in text
     assert text.index("full_hrs_trc") < text.index("not ranked") < text.index("full_hrs_legacy")
 

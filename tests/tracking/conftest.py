@@ -36,6 +36,6 @@ def open_run(tracker: Tracker) -> Callable[..., RunLogger]:
 
     def open_one(key: str = "k0", config: ExperimentConfig | None = None, **options: bool) -> RunLogger:
         config = config or ExperimentConfig()
-        return tracker.open_run(key, tracker.open_study("demo", {key: config}, extend=True), config, "data", **options)
+        return tracker.open_run(key, tracker.open_study("demo", {key: config}), config, "data", **options)
 
     return open_one

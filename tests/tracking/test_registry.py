@@ -38,7 +38,7 @@ def add_run(tracker: Tracker, storage: Storage) -> AddRun:
 
     def add(preset: str, seed: int, bits: float, causal: bool | None = True, study: str = "demo") -> str:
         config, key = ExperimentConfig(preset=preset, seed=seed), f"{preset}{seed}"
-        study_id = tracker.open_study(study, {key: config}, extend=True)
+        study_id = tracker.open_study(study, {key: config})
         folder = storage.run(key)
         checkpoint = write_checkpoint(folder / "checkpoints" / "step_00000020", key)
         with tracker.open_run(key, study_id, config, "data") as run:

@@ -60,14 +60,53 @@ def test_a_study_gathers_runs_that_another_study_made(tracker: Tracker) -> None:
     ]
 
 
-def test_a_study_opened_again_is_the_same_and_lists_what_was_asked_last(tracker: Tracker) -> None:
+def test_a_study_opened_again_is_the_same_and_loses_no_run(tracker: Tracker) -> None:
     plan = configs(3)
-    first = tracker.open_study("demo", {"k1": plan["k1"]})
-    assert tracker.open_study("demo", {"k0": plan["k0"]}, extend=True) == first
-    assert tracker.study_keys("demo") == ["k1", "k0"]
-    assert tracker.open_study("demo", {"k2": plan["k2"]}) == first
-    assert tracker.study_keys("demo") == ["k2"]
+    first = tracker.open_study("demo", {"k1": plan["k1"]}, command="sweep --seeds 1")
+    assert tracker.open_study("demo", {"k0": plan["k0"]}, command="sweep --seeds 2") == first
+    assert tracker.open_study("demo", plan, command="sweep --seeds 1") == first
+    assert tracker.study_keys("demo") == ["k1", "k0", "k2"]
+    assert tracker.study_commands("demo") == ["sweep --seeds 1", "sweep --seeds 2"]
+    assert [r.key for r in tracker.study_records("demo", keys=["k2", "k1"])] == ["k2", "k1"]
     assert tracker.studies() == ["demo"]
+
+
+def test_a_run_of_a_corpus_that_changed_takes_its_place_in_the_study(tracker: Tracker) -> None:
+    plan = configs(2)
+    tracker.open_study("demo", plan)
+    tracker.open_study("demo", {"new": plan["k0"]})
+    assert tracker.study_keys("demo") == ["k1", "new"]
+
+
+def test_runs_of_other_code_stay_in_the_study_and_out_of_its_table(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = configs(2)
+    tracker.open_study("demo", plan)
+    monkeypatch.setattr("hrs.tracking.tracker.code_version", lambda: "other")
+    tracker.open_study("demo", {"new": plan["k0"]})
+    assert tracker.study_versions("demo") == [code_version(), "other"]
+    assert [r.key for r in tracker.study_records("demo")] == ["new"]
+    assert [r.key for r in tracker.study_records("demo", code_version=code_version())] == ["k0", "k1"]
+    with pytest.raises(HRSError, match=r"no runs of code version third \(it has: "):
+        tracker.study_records("demo", code_version="third")
+
+
+def test_samples_of_a_search_come_back_with_the_records(tracker: Tracker) -> None:
+    plan, sample = configs(2), {"training.schedule.peak_lr": 0.00123456}
+    study_id = tracker.open_study("search", plan, samples={"k0": sample, "k1": {"training.schedule.peak_lr": 1.0}})
+    tracker.open_run("k0", study_id, plan["k0"], "data").finish("finished")
+    assert [r.sample for r in tracker.study_records("search")] == [sample, {"training.schedule.peak_lr": 1.0}]
+
+
+def test_an_end_that_a_run_could_not_record_is_recorded_for_it(tracker: Tracker, open_run: OpenRun) -> None:
+    plan = configs(3)
+    study_id = tracker.open_study("demo", plan)
+    open_run("k1", plan["k1"]).finish("finished")
+    for key in ("k0", "k1"):
+        tracker.note_end(key, study_id, plan[key], "data", "failed", "it does not fit")
+    records = tracker.study_records("demo")
+    assert [(r.status, r.reason) for r in records] == [("failed", "it does not fit"), ("finished", ""), ("missing", "")]
 
 
 def test_a_trial_is_a_child_of_its_study_with_tags_to_find_it_by(tracker: Tracker) -> None:
@@ -126,7 +165,7 @@ def test_a_living_writer_keeps_its_run_and_a_dead_ones_is_closed_and_continued(
     assert tracker.reap("demo") == ["dense_baseline tiny seed 0"]
     (record,) = tracker.records(["k0"])
     assert record.status == "killed"
-    assert record.reason.startswith("its process ") and record.reason.endswith(" ended without a word")
+    assert record.reason.startswith("its process ") and "killed from outside" in record.reason
 
     again = open_run("k0")
     again.log(1, {"train_loss": 0.5})

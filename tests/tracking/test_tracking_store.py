@@ -28,7 +28,7 @@ from hrs.tracking import Tracker
 root, seed = Path(sys.argv[1]), int(sys.argv[2])
 config = ExperimentConfig(seed=seed)
 tracker = Tracker(open_storage(root))
-study_id = tracker.open_study("together", {f"key{seed}": config}, extend=True)
+study_id = tracker.open_study("together", {f"key{seed}": config})
 with tracker.open_run(f"key{seed}", study_id, config, "data") as run:
     for step in range(100):
         run.log(step, {"train_loss": step + seed / 100, "lr": 1e-3, "grad_norm": 1.0})
