@@ -163,20 +163,27 @@ def _audit_all(scale: str, seed: int) -> int:
 def evaluate(
     model: Model,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    corpus: Annotated[
+        str | None, typer.Option(help="Score other text than it was trained on, in the model's own tokenizer.")
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(help="Write evaluation.json and documents.arrow into this folder.")
     ] = None,
 ) -> None:
-    """Score a model on a whole split of the corpus it was trained on."""
-    from hrs.data import open_tokens
+    """Score a model on a whole split of the text it was trained on, whatever became of the corpus since."""
+    from hrs.data import absolute_corpus
     from hrs.evaluation import evaluate as run_evaluation
-    from hrs.export import load
+    from hrs.export import open_model, open_text
     from hrs.storage import open_storage
 
-    network, config = load(model)
-    store = open_tokens(config.data, open_storage().tokens)
-    result = run_evaluation(network, store, split, stride_frac=config.evaluation.stride_frac)
-    print(f"{config.preset} on {config.data.corpus}, {split} split, {result.n_tokens:,} tokens")
+    tokens = open_storage().tokens
+    opened = open_model(model, tokens)
+    config, other = opened.config, None if corpus is None else absolute_corpus(corpus)
+    result = run_evaluation(
+        opened.model, open_text(opened, tokens, other), split, stride_frac=config.evaluation.stride_frac
+    )
+    text = config.data.corpus if other is None else f"{other} (not the text it was trained on, its own tokenizer)"
+    print(f"{config.preset} on {text}, {split} split, {result.n_tokens:,} tokens")
     for name, value in result.metrics().items():
         print(f"{name:<20} {value:.6g}")
     if save:
@@ -192,15 +199,13 @@ def export(
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.hrs"),
 ) -> None:
     """Round a trained model into one small file, read it back and score it; status 1 if that cost suspiciously much."""
-    from hrs.data import open_tokens
     from hrs.export import export as run_export
-    from hrs.export import format_result, parse_budget
+    from hrs.export import format_result, open_model, open_text, parse_budget
     from hrs.storage import open_storage
-    from hrs.training import Runtime, load_model
+    from hrs.training import Runtime
 
-    size = None if budget is None else parse_budget(budget)
-    _, config = load_model(checkpoint)
-    store, device = open_tokens(config.data, open_storage().tokens), Runtime().torch_device()
+    size, tokens = None if budget is None else parse_budget(budget), open_storage().tokens
+    store, device = open_text(open_model(checkpoint, tokens), tokens), Runtime().torch_device()
     result = run_export(checkpoint, output, store=store, budget=size, bits=bits, calibrate=calibrate, device=device)
     print(format_result(result))
     raise typer.Exit(1 if result.leak_alarm else 0)

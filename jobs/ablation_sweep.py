@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_plan(plan_runs(runs, finished, hardware, storage, runtime)))
         return 0
     preflight(storage)
-    store = open_tokens(runs[0].config.data, storage.tokens)
+    store = open_tokens(runs[0].config.data, storage.tokens, runs[0].data_fingerprint)
     print(f"corpus {runs[0].config.data.corpus}: {len(store.train):,} training tokens, {store.licence}")
     nothing_to_do = finished == set(keys)
     if nothing_to_do:

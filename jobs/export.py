@@ -20,14 +20,12 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.hardware import offers_gpus
 from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.workers import reserved_runtime
-from hrs.data import open_tokens
 from hrs.errors import HRSError
-from hrs.export import ExportResult, export, format_result, parse_budget
+from hrs.export import ExportResult, export, format_result, open_model, open_text, parse_budget
 from hrs.report.records import RunRecord
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.tracking.candidates import judge
-from hrs.training import load_model
 from jobs.entry import run_entry
 
 FILE, RESULT = "model.hrs", "export.json"
@@ -60,11 +58,10 @@ def best_run(study: str, records: Sequence[RunRecord]) -> RunRecord:
 
 def export_run(directory: Path, target: Path, options: argparse.Namespace, storage: Storage) -> ExportResult:
     """What a worker does: open the run's data, then :func:`hrs.export.export`; keeps the result beside the file."""
-    _, config = load_model(directory)
     result = export(
         directory,
         target,
-        store=open_tokens(config.data, storage.tokens),
+        store=open_text(open_model(directory, storage.tokens), storage.tokens),
         budget=None if options.budget is None else parse_budget(options.budget),
         bits=options.bits,
         calibrate=options.calibrate,

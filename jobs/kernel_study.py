@@ -26,10 +26,10 @@ from hrs.config import AttentionConfig
 from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation.separation import Separations, from_dict, measure_separation, segment_length, segments_of, to_dict
+from hrs.export import open_model, open_text
 from hrs.report.separation_table import separation_tables
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
-from hrs.training import load_model
 from jobs import ablation_sweep
 from jobs.entry import run_entry
 
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = study.runs()
     preflight(storage)
     config = runs[0].config  # kernels change nothing of what follows, which had better fail now than after the training
-    segments_of(open_tokens(config.data, storage.tokens).validation, segment_length(config.model.max_seq_len))
+    store = open_tokens(config.data, storage.tokens, runs[0].data_fingerprint)
+    segments_of(store.validation, segment_length(config.model.max_seq_len))
     status = ablation_sweep.main(sweep)
     tracker = Tracker(storage)
     finished = tracker.finished([run.key for run in runs])
@@ -112,8 +113,8 @@ def measure(runs: Sequence[Run], storage: Storage) -> dict[str, Separations]:
 
 def measure_run(run: Run, storage: Storage) -> None:
     """Write ``separation.json`` of a finished run, from its last checkpoint, on the CPU."""
-    model, config = load_model(storage.run(run.key))
-    found = measure_separation(model, config, open_tokens(config.data, storage.tokens))
+    opened = open_model(storage.run(run.key), storage.tokens)
+    found = measure_separation(opened.model, opened.config, open_text(opened, storage.tokens))
     partial = _file(run, storage).with_suffix(".part")
     partial.write_text(strict_json.dumps(to_dict(found)), encoding="utf-8")
     os.replace(partial, _file(run, storage))

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_plan(plan) + f"\n(up to {options.samples} trials like this one; early stopping ends most sooner)")
         return 0
     preflight(storage)
-    open_tokens(run.config.data, storage.tokens)
+    open_tokens(run.config.data, storage.tokens, run.data_fingerprint)
     study_id = tracker.open_study(study.name, {}, command=shlex.join(sys.argv))
     known = searched(tracker, study.name)
     n_over = sum(map(is_over, known))

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"would be in {folder}")
         return 0
     preflight(storage)
-    store = open_tokens(config.data, storage.tokens)
+    store = open_tokens(config.data, storage.tokens, fingerprint)
     build_manifolds([config], storage, lambda line: print(line, flush=True))
     manifold = open_manifold(geometry, store, storage.manifolds)
     stages = read_stages(folder)

@@ -10,9 +10,9 @@ from hrs.cluster.hardware import offers_gpus
 from hrs.cluster.preflight import connect
 from hrs.cluster.workers import reserved_runtime
 from hrs.config import ExperimentConfig
-from hrs.data import TokenStore, open_tokens
+from hrs.data import TokenStore
 from hrs.errors import HRSError
-from hrs.export import OpenedModel, open_model
+from hrs.export import OpenedModel, open_model, open_text
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.storage import Storage
 from hrs.tracking import Tracker, resolve_model
@@ -53,16 +53,14 @@ class Subject:
 
 
 def open_subject(path: Path, storage: Storage) -> Subject:
-    """A model with its corpus.
+    """A model with the text that it was trained on.
 
     Raises:
-        HRSError: if it cannot be opened, or the corpus has another tokenizer by now.
+        HRSError: if it cannot be opened, or its text is lost.
     """
     opened = open_model(path, storage.tokens)
     opened.model.to(reserved_runtime().torch_device())
-    tokens = open_tokens(opened.config.data, storage.tokens)
-    if tokens.tokenizer.to_str() != opened.tokenizer.to_str():
-        raise HRSError("the corpus has changed since this model was trained, and its tokenizer with it: train again")
+    tokens = open_text(opened, storage.tokens)
     return Subject(opened=opened, tokens=tokens, fingerprint=model_fingerprint(opened.model))
 
 

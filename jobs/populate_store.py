@@ -10,7 +10,6 @@ where it was, and one that is done adds nothing when it runs again.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
 from hrs.cluster.workers import reserved_runtime
-from hrs.data import open_tokens
+from hrs.data import absolute_corpus
 from hrs.errors import HRSError
-from hrs.export import open_model
+from hrs.export import open_model, open_text
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.populate import QUANTILES, Filled, Population, populate
 from hrs.retrieval.segments import Condition, default_cut
@@ -41,9 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "model", metavar="MODEL", help="a run's directory, a checkpoint, an artifact or mlflow:NAME@ALIAS"
     )
     parser.add_argument("split", choices=("train", "validation", "test"), help="part of the corpus")
-    parser.add_argument(
-        "--corpus", help="another corpus than the model's, cut into tokens by the model's tokenizer name"
-    )
+    parser.add_argument("--corpus", help="other text than the model was trained on, in the model's own tokenizer")
     parser.add_argument("--store", type=Path, help="folder of the store (default below the storage, see the output)")
     parser.add_argument("--segment", type=int, metavar="TOKENS", help="length of a segment (default half the context)")
     parser.add_argument(
@@ -95,7 +92,7 @@ def task_of(options: argparse.Namespace, storage: Storage) -> Task:
     return Task(
         model=require_model(storage, options.model),
         split=options.split,
-        corpus=options.corpus,
+        corpus=None if options.corpus is None else absolute_corpus(options.corpus),
         store=None if options.store is None else options.store.resolve(),
         segment=options.segment,
         conditions=conditions,
@@ -109,15 +106,9 @@ def fill(task: Task, storage: Storage) -> Iterator[str]:
     """What a worker does; yields lines to print."""
     opened = open_model(task.model, storage.tokens)
     config, model = opened.config, opened.model.to(reserved_runtime().torch_device())
-    data = config.data if task.corpus is None else dataclasses.replace(config.data, corpus=task.corpus)
-    tokens = open_tokens(data, storage.tokens)
-    if tokens.tokenizer.to_str() != opened.tokenizer.to_str():
-        raise HRSError(
-            f"{data.tokenizer} of corpus {data.corpus} is another tokenizer than the model's: a model reads only the "
-            "ids it was trained on, so use its own corpus"
-        )
+    tokens = open_text(opened, storage.tokens, task.corpus)
     fingerprint = model_fingerprint(model)
-    yield f"model {fingerprint}: {config.preset}, {data.corpus}, {task.split} split"
+    yield f"model {fingerprint}: {config.preset}, {task.corpus or config.data.corpus}, {task.split} split"
     if opened.causal is False:
         yield "warning: this model is not causal (hrs audit tells more): its entropies say little about text"
     for condition in task.conditions:

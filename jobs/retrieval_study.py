@@ -30,6 +30,7 @@ from hrs.config import ExperimentConfig, parse_assignments
 from hrs.data import TokenStore, open_tokens
 from hrs.data.windows import Shown
 from hrs.evaluation import AuditReport, Evaluation, evaluate
+from hrs.export import open_model, open_text
 from hrs.models.geometry import TokenGeometry
 from hrs.report.retrieval_table import Reading, retrieval_table
 from hrs.retrieval.bank import MemoryBank, open_bank, weights_fingerprint
@@ -184,8 +185,8 @@ def train_with_memories(
 
 def measure(run: Run, split: str, storage: Storage, runtime: Runtime) -> Iterator[str]:
     """Score a finished run with every memory it can read; a folder for each, and a metric of its run in MLflow."""
-    model, config = load_model(storage.run(run.key))
-    store = open_tokens(config.data, storage.tokens)
+    opened = open_model(storage.run(run.key), storage.tokens)
+    model, config, store = opened.model, opened.config, open_text(opened, storage.tokens)
     bank = bank_of(config, store, storage) if config.training.retrieval.base else None
     model, tracker = model.to(runtime.torch_device()), Tracker(storage)
     for shown in SHOWN if bank else ("none",):
@@ -227,7 +228,7 @@ def tables(bases: Sequence[Run], runs: Sequence[Run], split: str, storage: Stora
     if not runs:
         return text
     config = runs[0].config
-    store = open_tokens(config.data, storage.tokens)
+    store = open_tokens(config.data, storage.tokens, runs[0].data_fingerprint)
     stride = max(1, round(config.evaluation.stride_frac * config.model.max_seq_len))
     shares = documents_that_share(bank_of(config, store, storage), split, stride, SHARED_TOKENS)
     text += f"\n{shares.sum()} documents have {SHARED_TOKENS} tokens in a row that a memory of theirs has, too.\n"

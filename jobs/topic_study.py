@@ -25,7 +25,7 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs import strict_json
 from hrs.cluster.preflight import preflight
 from hrs.cluster.workers import reserved_runtime
-from hrs.data import TokenStore, open_tokens
+from hrs.data import TokenStore
 from hrs.errors import HRSError
 from hrs.evaluation.separation import Segments
 from hrs.evaluation.topic_pairs import Bounds, Engrams, PairScores, score_pairs
@@ -39,7 +39,7 @@ from hrs.evaluation.topic_pieces import (
     sentence_pieces,
     sources_and_chance,
 )
-from hrs.export import load
+from hrs.export import open_model, open_text
 from hrs.models import LanguageModel
 from hrs.report.statistics import Interval
 from hrs.report.table import with_bounds
@@ -99,9 +99,9 @@ def measure(path: Path, storage: Storage, n_seeds: int, draws: int) -> Iterator[
 
     Yields lines to print, and at last what was measured.
     """
-    model, config = load(path)
-    model.to(reserved_runtime().torch_device())
-    store = open_tokens(config.data, storage.tokens)
+    opened = open_model(path, storage.tokens)
+    model, config = opened.model.to(reserved_runtime().torch_device()), opened.config
+    store = open_text(opened, storage.tokens)
     sources = sources_and_chance(model, config)
     pairs: dict[Scale, dict[str, PairScores]] = {}
     means: dict[Scale, Any] = {}

@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The speed of several workers tells nothing of one process, which may train the same config.
         facts = {"device": f"{options.workers} workers", "tenants": 1}
         (directory / DEVICE_FILE).write_text(strict_json.dumps(facts), encoding="utf-8")
-        return train_with_workers(config, storage.tokens, directory, runtime, geometry, gpus=gpus)
+        return train_with_workers(
+            config, storage.tokens, directory, runtime, geometry, gpus=gpus, fingerprint=store.fingerprint
+        )
 
     print(f"{options.workers} workers on {hardware}", flush=True)
     train_inline(study, runtime, trainer)

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hrs.config import DataConfig
-from hrs.data import data_fingerprint, open_tokens
-from hrs.data.store import TokenSplit
+from hrs.data import TokenSplit
 from hrs.errors import HRSError
-from hrs.export.opening import OpenedModel, open_model
+from hrs.export.opening import OpenedModel, open_model, stored_text
+from hrs.files import absolute_path
 from hrs.retrieval.bank.slots import slot_maker
 from hrs.retrieval.calibration import Calibration, calibrate
 from hrs.retrieval.engrams import model_fingerprint
@@ -38,7 +37,7 @@ def resolve(model: str, storage: Storage) -> Path:
         from hrs.tracking import resolve_model
 
         return resolve_model(storage, model)
-    path = Path(model).expanduser().absolute()
+    path = absolute_path(model)
     if not path.exists():
         raise HRSError(f"there is no model at {path}: give a run's directory, an artifact, or mlflow:NAME@ALIAS")
     return path
@@ -85,7 +84,7 @@ def gate_of(opened: OpenedModel, storage: Storage, folder: Path) -> Calibration 
     except HRSError:
         pass  # there is none yet
     try:
-        text = _validation(opened.config.data, storage)
+        text = _validation(opened, storage)
         if text is None:
             return None
         calibration = calibrate(opened.model, text)
@@ -96,11 +95,11 @@ def gate_of(opened: OpenedModel, storage: Storage, folder: Path) -> Calibration 
     return calibration
 
 
-def _validation(data: DataConfig, storage: Storage) -> TokenSplit | None:
-    """The front of the validation split; None if its tokens are not in the storage. Nothing is built."""
-    if not (storage.tokens / data_fingerprint(data)).is_dir():
+def _validation(opened: OpenedModel, storage: Storage) -> TokenSplit | None:
+    """The front of the model's validation split; None if its tokens are not in the storage. Nothing is built."""
+    if (store := stored_text(opened, storage.tokens)) is None:
         return None
-    text = open_tokens(data, storage.tokens).validation
+    text = store.validation
     n = max(int(np.searchsorted(text.document_starts, CALIBRATION_TOKENS, side="right")) - 1, 1)
     starts = text.document_starts[: n + 1]
     return dataclasses.replace(

@@ -81,7 +81,8 @@ def build_manifolds(
     for data, geometry in wanted:
         store = open_tokens(data, storage.tokens)
         key = manifold_key(geometry, store.fingerprint)
-        digests[key] = cached_digest(key, storage) or _build(key, data, geometry, storage, on_progress)
+        task = (data, store.fingerprint, geometry)
+        digests[key] = cached_digest(key, storage) or _build(key, task, storage, on_progress)
     return digests
 
 
@@ -99,9 +100,11 @@ def cached_digest(key: str, storage: Storage) -> str | None:
 # ---- in the driver ---------------------------------------------------------------------------------------------------
 
 
-def _build(
-    key: str, data: DataConfig, geometry: GeometryConfig, storage: Storage, on_progress: Callable[[str], None]
-) -> str:
+Task = tuple[DataConfig, str, GeometryConfig]
+"""What a builder is told: data, fingerprint of their token store, geometry."""
+
+
+def _build(key: str, task: Task, storage: Storage, on_progress: Callable[[str], None]) -> str:
     connect(storage)
     import ray
 
@@ -110,7 +113,7 @@ def _build(
         if attempt:
             time.sleep(2 * POLL_SECONDS)  # until the cluster knows of the death and gives the name away again
         try:
-            return _follow(key, data, geometry, storage, on_progress)
+            return _follow(key, task, storage, on_progress)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayActorError as error:
@@ -124,15 +127,13 @@ def _build(
     )
 
 
-def _follow(
-    key: str, data: DataConfig, geometry: GeometryConfig, storage: Storage, on_progress: Callable[[str], None]
-) -> str:
+def _follow(key: str, task: Task, storage: Storage, on_progress: Callable[[str], None]) -> str:
     """Start the actor or join the one that another job started, show how far it is, and return the digest."""
     import ray
 
     options: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {"watch": 1}}  # reports come while it builds
     named = {"name": f"manifold-{key}", "namespace": _NAMESPACE, "get_if_exists": True}
-    actor: Any = ray.remote(**options)(ManifoldBuilder).options(**named).remote(data, geometry, str(storage.root))
+    actor: Any = ray.remote(**options)(ManifoldBuilder).options(**named).remote(*task, str(storage.root))
     digest, lines = actor.build.remote(), ProgressLines(key)
     while True:
         ended, _ = ray.wait([digest], timeout=POLL_SECONDS)
@@ -172,8 +173,9 @@ class ManifoldBuilder:
     wait for each other's on a small cluster.
     """
 
-    def __init__(self, data: DataConfig, geometry: GeometryConfig, storage_root: str) -> None:
-        self._data, self._geometry, self._storage = data, geometry, open_storage(storage_root)
+    def __init__(self, data: DataConfig, fingerprint: str, geometry: GeometryConfig, storage_root: str) -> None:
+        self._data, self._fingerprint, self._geometry = data, fingerprint, geometry
+        self._storage = open_storage(storage_root)
         self._reports: dict[str, tuple[float, str]] = {}
         self._ended_at: dict[str, float] = {}  # monotonic seconds of the latest report
 
@@ -183,7 +185,7 @@ class ManifoldBuilder:
         Raises:
             HRSError: see :func:`hrs.manifold.build.open_manifold`; or if a counting task dies.
         """
-        store, root = open_tokens(self._data, self._storage.tokens), self._storage.manifolds
+        store, root = open_tokens(self._data, self._storage.tokens, self._fingerprint), self._storage.manifolds
         started = time.monotonic()
         manifold = open_manifold(self._geometry, store, root, count=self._count, report=self._report)
         if self._ended_at:  # it was built here and now
@@ -208,7 +210,7 @@ class ManifoldBuilder:
         import ray
 
         n_shards = max(1, min(_cores(ray.cluster_resources()), -(-len(store.train) // TOKENS_PER_SHARD)))
-        counts = count_sharded(self._data, self._storage, across_documents, n_shards, self._report)
+        counts = count_sharded(self._data, self._storage, across_documents, n_shards, self._report, store.fingerprint)
         # The rest comes out the same with any number of threads: take the cores that nobody holds.
         torch.set_num_threads(min(_cores(ray.available_resources()), len(os.sched_getaffinity(0))))
         return counts
@@ -224,8 +226,12 @@ def count_sharded(
     across_documents: bool,
     n_shards: int,
     report: Callable[[str, float, str], None],
+    fingerprint: str | None = None,
 ) -> Counts:
     """Counts of the training split, equal to the last bit to those of one process, by ``n_shards`` Ray tasks.
+
+    Args:
+        fingerprint: of the token store; tasks then open it without a look at the corpus.
 
     Raises:
         HRSError: if a task cannot read the text, or dies more often than Ray tries it again.
@@ -233,7 +239,8 @@ def count_sharded(
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=2)(_count_one)
-    waiting = [task.remote(data, str(storage.tokens), across_documents, (i, n_shards)) for i in range(n_shards)]
+    text = (data, str(storage.tokens), fingerprint)
+    waiting = [task.remote(*text, across_documents, (i, n_shards)) for i in range(n_shards)]
 
     def arriving(refs: list[Any]) -> Iterator[Counts]:
         while refs:
@@ -253,5 +260,8 @@ def count_sharded(
         ) from error
 
 
-def _count_one(data: DataConfig, tokens_root: str, across_documents: bool, shard: tuple[int, int]) -> Counts:
-    return count_store(open_tokens(data, Path(tokens_root)), across_documents=across_documents, shard=shard)
+def _count_one(
+    data: DataConfig, tokens_root: str, fingerprint: str | None, across_documents: bool, shard: tuple[int, int]
+) -> Counts:
+    store = open_tokens(data, Path(tokens_root), fingerprint)
+    return count_store(store, across_documents=across_documents, shard=shard)

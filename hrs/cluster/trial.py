@@ -165,7 +165,7 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
         if gpu is not None:
             gpu.release_cached_memory()  # of the trial this process ran before
         cap_process_memory(spec.card_frac, device)
-    store = open_tokens(config.data, storage.tokens)
+    store = open_tokens(config.data, storage.tokens, spec.run.data_fingerprint)
     for p in trainer(config, store, directory, spec.runtime, geometry_of(config, store, storage)):
         logger.log(p.step, p.metrics)
         yield TrialProgress(
@@ -206,7 +206,7 @@ def _record(
     final = evaluation.metrics() | {name: summary[name] for name in ("tokens_per_second", "peak_memory_bytes")}
     logger.log(spec.run.config.training.steps, final | {"parameters": model.count_parameters()})
     logger.set_tags({"causal": str(verdict.causal).lower()})
-    for name in ("config.json", "training.json", "evaluation.json", "documents.arrow", "audit.json"):
+    for name in ("config.json", "tokenizer.json", "training.json", "evaluation.json", "documents.arrow", "audit.json"):
         logger.log_artifact(directory / name)
     checkpoint = latest_checkpoint(directory)
     if checkpoint:

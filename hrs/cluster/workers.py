@@ -37,6 +37,7 @@ def train_with_workers(
     geometry: TokenGeometry | None = None,
     *,
     gpus: int = 0,
+    fingerprint: str | None = None,
 ) -> Iterator[Progress]:
     """Train ``config`` with its ``training.sharing.workers`` on the connected Ray; yields as ``train`` does.
 
@@ -47,6 +48,7 @@ def train_with_workers(
         tokens: folder of the token stores; the one of ``config.data`` is opened there.
         runtime: of each worker; each reserves ``runtime.threads`` cores. Without ``gpus`` the device is the CPU.
         gpus: whole GPUs that each worker reserves.
+        fingerprint: of the token store; workers then open it without a look at the corpus, which may be out of reach.
 
     Raises:
         HRSError: if the cluster has no room for all workers, one of them died (the sentence says which), or training
@@ -59,7 +61,7 @@ def train_with_workers(
     workers: list[Any] = []
     try:
         workers = [_start(placement, rank, runtime.threads, gpus) for rank in range(n)]
-        order = ray.put((config, tokens, directory, runtime.reserving(gpus), geometry))
+        order = ray.put((config, tokens, fingerprint, directory, runtime.reserving(gpus), geometry))
         waiting: dict[Any, int] = {}
         try:
             meeting = ray.get(workers[0].invite.remote())
@@ -113,7 +115,7 @@ class Worker:
         rank: int,
         size: int,
         meeting: tuple[str, int],
-        order: tuple[ExperimentConfig, Path, Path, Runtime, TokenGeometry | None],
+        order: tuple[ExperimentConfig, Path, str | None, Path, Runtime, TokenGeometry | None],
     ) -> tuple[Progress | None, bool]:
         """Train until the first report; what :meth:`advance` gives."""
         self._reports = self._train(rank, size, meeting, *order)
@@ -131,6 +133,7 @@ class Worker:
         meeting: tuple[str, int],
         config: ExperimentConfig,
         tokens: Path,
+        fingerprint: str | None,
         directory: Path,
         runtime: Runtime,
         geometry: TokenGeometry | None,
@@ -138,7 +141,8 @@ class Worker:
         _choose_interface()
         store = self._store or dist.TCPStore(*meeting)
         with join(store, rank, size, runtime.torch_device()) as workers:
-            yield from train(config, open_tokens(config.data, tokens), directory, runtime, geometry, workers)
+            text = open_tokens(config.data, tokens, fingerprint)
+            yield from train(config, text, directory, runtime, geometry, workers)
 
 
 def _choose_interface() -> None:

@@ -10,26 +10,32 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from hrs import strict_json
 from hrs.data.documents import SPLITS, Corpus, Document, SplitName, split_of
 from hrs.data.tokenization import build_tokenizer, end_of_text_id
 from hrs.errors import HRSError
+from hrs.files import write_manifest
 
 _BATCH_DOCUMENTS = 256
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def write_store(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
-    """Write the store of a corpus into an empty folder; ``store.json`` lists the files with their sizes.
+MANIFEST, TOKENIZER = "store.json", "tokenizer.json"
+
+
+def write_store(corpus: Corpus, tokenizer: str | Tokenizer, folder: Path) -> None:
+    """Write the store of a corpus into an empty folder; ``store.json`` lists the files with sizes and checksums.
+
+    Args:
+        tokenizer: the name of one, as :func:`hrs.data.tokenization.build_tokenizer` takes it. Or a tokenizer as it is:
+            text that a model is only scored on may leave splits empty.
 
     Raises:
         HRSError: if the corpus is empty or malformed, too small for the tokenizer, or leaves a split without text.
     """
-    training = (document.text for split, document in _documents(corpus, "reading") if split == "train")
-    if (first := next(training, None)) is None:
-        raise _empty_split(corpus, "train")
-    tokenizer = build_tokenizer(tokenizer_name, itertools.chain([first], training))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    name = tokenizer if isinstance(tokenizer, str) else "given"
+    if isinstance(tokenizer, str):
+        tokenizer = _tokenizer_of(corpus, tokenizer)
+    tokenizer.save(str(folder / TOKENIZER))
     topics: dict[str, int] = {}
     writers = {split: _SplitWriter(folder, split, tokenizer) for split in SPLITS}
     documents = _documents(corpus, "tokenising")
@@ -39,11 +45,17 @@ def write_store(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
             topic_id = -1 if document.topic is None else topics.setdefault(document.topic, len(topics))
             writers[split].add(document, topic_id, encoding.ids)
     for split, writer in writers.items():
-        if writer.close() == 0 and split != "test":
+        if writer.close() == 0 and split != "test" and name != "given":
             raise _empty_split(corpus, split)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    meta = {"corpus": corpus.name, "tokenizer": tokenizer_name, "licence": corpus.licence, "topics": list(topics)}
-    (folder / "store.json").write_text(strict_json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
+    facts = {"corpus": corpus.name, "tokenizer": name, "licence": corpus.licence, "topics": list(topics)}
+    write_manifest(folder / MANIFEST, facts)
+
+
+def _tokenizer_of(corpus: Corpus, name: str) -> Tokenizer:
+    training = (document.text for split, document in _documents(corpus, "reading") if split == "train")
+    if (first := next(training, None)) is None:
+        raise _empty_split(corpus, "train")
+    return build_tokenizer(name, itertools.chain([first], training))
 
 
 def _empty_split(corpus: Corpus, split: SplitName) -> HRSError:

@@ -7,6 +7,7 @@ from hrs.data.documents import Corpus, Document, fingerprint_files, package_file
 from hrs.data.files import JSONLCorpus, ParquetCorpus, TextCorpus
 from hrs.data.hub import HubCorpus
 from hrs.errors import HRSError
+from hrs.files import absolute_path
 
 CORPORA = ("wiki-mini", "bbc", "wikitext-103", "hf:NAME[:CONFIG]", "text:PATH", "jsonl:PATH", "parquet:PATH")
 
@@ -37,6 +38,21 @@ def load_corpus(name: str) -> Corpus:
         case "parquet" if rest:
             return ParquetCorpus(Path(rest))
     raise HRSError(f"unknown corpus '{name}': choose one of {', '.join(CORPORA)}")
+
+
+def absolute_corpus(name: str) -> str:
+    """The same corpus by a name that means the same in every working directory: command lines say what they mean.
+
+    Raises:
+        HRSError: for a path below ``~NAME`` of nobody.
+    """
+    kind, _, rest = name.partition(":")
+    if kind in ("text", "jsonl", "parquet") and rest:
+        return f"{kind}:{absolute_path(rest)}"
+    folder, colon, config = rest.partition(":")
+    if kind == "hf" and folder and (path := absolute_path(folder)).exists():
+        return f"hf:{path}{colon}{config}"
+    return name
 
 
 class BBC(Corpus):

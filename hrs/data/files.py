@@ -15,6 +15,7 @@ from hrs.data.documents import Corpus, Document, fingerprint_files
 from hrs.data.folders import files_below, partition_values, require_file, require_utf8_path, title_of
 from hrs.data.streams import open_text
 from hrs.errors import HRSError, shown
+from hrs.files import absolute_path
 
 _LABELS = ("title", "topic", "split")
 _COLUMNS = ("text", *_LABELS)
@@ -34,10 +35,7 @@ class FileCorpus(Corpus):
     licence = "unknown (your own files)"
 
     def __init__(self, path: Path) -> None:
-        try:
-            path = path.expanduser()
-        except RuntimeError as error:
-            raise HRSError(f"corpus {self.kind}:{path} does not exist ({error}): give its whole path") from None
+        path = absolute_path(path)
         self.name = f"{self.kind}:{path}"
         require_utf8_path(path)
         if not path.exists() and not path.is_symlink():

@@ -1,11 +1,14 @@
 """Token stores: a corpus as memory-mapped token ids with exact document labels, built once per content key.
 
 A store is a folder of Arrow IPC files: per split the token ids (one record batch, so numpy views it without a copy) and
-a table of documents; beside them ``tokenizer.json`` and ``store.json``, which lists every file with its size.
+a table of documents; beside them ``tokenizer.json`` and ``store.json``, which lists every file with size and checksum.
+
+The key of a store is the fingerprint of the data: a run is bound to it, and finds its tokens by it whatever became of
+the corpus since.
 """
 
 import hashlib
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from hrs.config import DataConfig
-from hrs.data.build import write_store
+from hrs.data.build import MANIFEST, TOKENIZER, write_store
 from hrs.data.corpora import load_corpus
 from hrs.data.documents import SPLITS, Corpus, SplitName
 from hrs.data.tokenization import end_of_text_id, load_tokenizer, token_bytes
 from hrs.errors import HRSError
-from hrs.files import built_once, whole_folder
+from hrs.files import built_once, read_manifest, whole_folder
 from hrs.identity import code_fingerprint
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,46 +110,99 @@ def _key(corpus: Corpus, tokenizer: str) -> str:
     return hashlib.sha256("\n".join((corpus.fingerprint(), tokenizer, code)).encode()).hexdigest()[:16]
 
 
-def open_tokens(data: DataConfig, root: Path) -> TokenStore:
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_tokens(data: DataConfig, root: Path, fingerprint: str | None = None) -> TokenStore:
     """The store of ``data`` below ``root``, built first if it is missing or damaged. Safe in many processes at once.
 
+    Args:
+        fingerprint: of the store that is wanted, as a plan or a trained model names it. If that store lies below
+            ``root``, the corpus is not looked at.
+
     Raises:
-        HRSError: if the corpus is missing, empty, malformed, too small for the tokenizer or without validation text.
+        HRSError: if the corpus is missing, empty, malformed, too small for the tokenizer or without validation text; or
+            if it is no longer the text of ``fingerprint``.
     """
-    corpus = load_corpus(data.corpus)
-    folder = root / _key(corpus, data.tokenizer)
-    return built_once(folder, _open, lambda: _build(corpus, data.tokenizer, folder), "token store")
+    if fingerprint is not None and (store := stored_tokens(root, fingerprint)) is not None:
+        return store
+    try:
+        corpus = load_corpus(data.corpus)
+    except HRSError as error:
+        if fingerprint is None:
+            raise
+        raise HRSError(
+            f"tokens {fingerprint} of {data.corpus} are missing or damaged in {root}, and {error}"
+        ) from error
+    key = _key(corpus, data.tokenizer)
+    if fingerprint not in (None, key):
+        raise HRSError(
+            f"corpus {data.corpus} is no longer the text of tokens {fingerprint} (the text, or the code that cuts it, "
+            f"has changed), and these tokens are missing or damaged in {root}: restore one of the two, or name the "
+            "text to use instead with --corpus"
+        )
+    return _opened_or_built(corpus, data.tokenizer, root / key)
 
 
-def _build(corpus: Corpus, tokenizer: str, folder: Path) -> TokenStore:
-    with whole_folder(folder, "token store") as building:
-        write_store(corpus, tokenizer, building)
-    store = _open(folder)
-    if store is None:
-        raise HRSError(f"token store {folder} was damaged while it was written: check the disk and try again")
-    return store
+def open_tokens_in(tokenizer: Tokenizer, corpus: str, root: Path) -> TokenStore:
+    """The store of a corpus in the ids of a given tokenizer, for scores of text that a model was not trained on.
+
+    Raises:
+        HRSError: if the corpus is missing, empty or malformed.
+    """
+    found = load_corpus(corpus)
+    key = _key(found, f"given {hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}")
+    return _opened_or_built(found, tokenizer, root / key)
+
+
+def stored_tokens(root: Path, fingerprint: str) -> TokenStore | None:
+    """The store of that fingerprint below ``root``; None if it is not there, or damaged, which is logged."""
+    return _open(root / fingerprint)
+
+
+def _opened_or_built(corpus: Corpus, tokenizer: str | Tokenizer, folder: Path) -> TokenStore:
+    def build() -> TokenStore:
+        with whole_folder(folder, "token store") as building:
+            write_store(corpus, tokenizer, building)
+        return read_store(folder)
+
+    return built_once(folder, _open, build, "token store")
 
 
 def _open(folder: Path) -> TokenStore | None:
-    """The store in a folder; None if a file is missing, cut off or unreadable."""
-    try:
-        meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-        if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
-            return None
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-        splits = {name: _open_split(folder, name) for name in SPLITS}
-    except (OSError, KeyError, ValueError, pa.ArrowException):
+    if not folder.exists():
         return None
-    return TokenStore(
-        fingerprint=folder.name,
-        vocab_size=tokenizer.get_vocab_size(),
-        tokenizer=tokenizer,
-        eot_id=end_of_text_id(tokenizer),
-        token_bytes=token_bytes(tokenizer),
-        topics=tuple(meta["topics"]),
-        licence=meta["licence"],
-        **splits,
-    )
+    try:
+        return read_store(folder)
+    except HRSError as error:
+        _log.warning("%s", error)
+        return None
+
+
+def read_store(folder: Path) -> TokenStore:
+    """The store in a folder, every file of which is compared with its checksum, once per process.
+
+    Raises:
+        HRSError: naming the file that is missing, cut off, changed or unreadable.
+    """
+    try:
+        facts = read_manifest(folder / MANIFEST)
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        splits = {name: _open_split(folder, name) for name in SPLITS}
+        return TokenStore(
+            fingerprint=folder.name,
+            vocab_size=tokenizer.get_vocab_size(),
+            tokenizer=tokenizer,
+            eot_id=end_of_text_id(tokenizer),
+            token_bytes=token_bytes(tokenizer),
+            topics=tuple(facts["topics"]),
+            licence=facts["licence"],
+            **splits,
+        )
+    except HRSError as error:
+        raise HRSError(f"token store {folder} is damaged: {error}") from error
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise HRSError(f"token store {folder} is damaged ({error})") from error
 
 
 def _open_split(folder: Path, name: SplitName) -> TokenSplit:

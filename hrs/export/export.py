@@ -8,6 +8,7 @@ import torch
 from hrs import strict_json
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore, TrainingWindows
+from hrs.errors import HRSError
 from hrs.evaluation import evaluate
 from hrs.export.artifact import ArtifactSummary, Provenance, load_artifact, serialise, write_artifact
 from hrs.export.calibrate import input_hessians
@@ -17,7 +18,7 @@ from hrs.export.search import fit
 from hrs.export.tensors import Grids, Packed, entries, pack
 from hrs.gpu import move, with_batch_that_fits
 from hrs.models import LanguageModel
-from hrs.training import load_model
+from hrs.training import TrainedModel, load_trained
 
 LEAK_ALARM_BITS = 0.02
 """Gap in bits per byte above which rounding took away more than language: honest models lose less than that at these
@@ -81,9 +82,12 @@ def export(
         device: where models are scored and calibrated.
 
     Raises:
-        HRSError: if the checkpoint cannot be used, the budget cannot be met, or the file cannot be written.
+        HRSError: if the checkpoint cannot be used, ``store`` is not of its data, the budget cannot be met, or the file
+            cannot be written.
     """
-    model, config = load_model(checkpoint)
+    trained = load_trained(checkpoint)
+    model, config = trained.model, trained.config
+    _require_own(trained, store)
     device = torch.device(device)
     move(model, device)
     hessians = _hessians(model, config, store, calibrate) if calibrate else {}
@@ -102,6 +106,15 @@ def export(
     reloaded = move(load_artifact(written.path).model, device)
     score = evaluate(reloaded, store, stride_frac=stride).bits_per_byte
     return _result(written, chosen.grids, budget, calibrate, source, score, causal)
+
+
+def _require_own(trained: TrainedModel, store: TokenStore) -> None:
+    """Refuse to pack a tokenizer that the model does not know."""
+    if trained.data_fingerprint not in ("", store.fingerprint):
+        raise HRSError(
+            f"the run was trained on tokens {trained.data_fingerprint} and these are {store.fingerprint}: export it "
+            "with the data that it was trained on"
+        )
 
 
 def _result(

@@ -1,16 +1,25 @@
-"""Models from wherever they lie: a run's directory, one of its checkpoints, or an artifact."""
+"""Models from wherever they lie (a run's directory, one of its checkpoints, an artifact), and the text that is theirs.
 
+A model reads only the ids that it learned: its tokenizer is the run's own or the artifact's, and its tokens are those
+that it was trained on, whatever became of the corpus. Every command opens models and text here.
+"""
+
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from hrs.config import ExperimentConfig
-from hrs.data import open_tokens
+from hrs.data import TokenStore, open_tokens, open_tokens_in, stored_tokens
+from hrs.data.tokenization import build_tokenizer
+from hrs.errors import HRSError
 from hrs.evaluation import AuditReport
 from hrs.export.artifact import load_artifact
 from hrs.models import LanguageModel
-from hrs.training import load_model
+from hrs.training import TrainedModel, load_model, load_trained
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +32,8 @@ class OpenedModel:
     tokenizer: Tokenizer
     causal: bool | None
     """What its audit said; None if there was none."""
+    data_fingerprint: str = ""
+    """Of the tokens that it was trained on; empty if that is not known."""
 
 
 def load(path: Path) -> tuple[LanguageModel, ExperimentConfig]:
@@ -38,21 +49,64 @@ def load(path: Path) -> tuple[LanguageModel, ExperimentConfig]:
 
 
 def open_model(path: Path, tokens: Path) -> OpenedModel:
-    """The same with its tokenizer: an artifact brings its own, a checkpoint's lies with its data below ``tokens``.
+    """A model with its tokenizer: that of the artifact or of the run. A run of an earlier version that kept none has
+    that of its tokens below ``tokens``.
 
     Raises:
-        HRSError: if there is no model, or it cannot be used, or the data of a checkpoint is not at hand.
+        HRSError: if there is no model, it cannot be used, or its tokenizer is lost.
     """
     if path.is_file():
         artifact = load_artifact(path)
-        return OpenedModel(artifact.model, artifact.config, artifact.tokenizer, artifact.header["source"]["causal"])
-    model, config = load_model(path)
-    return OpenedModel(model, config, open_tokens(config.data, tokens).tokenizer, verdict(path))
+        data, causal = artifact.header["data"]["fingerprint"], artifact.header["source"]["causal"]
+        return OpenedModel(artifact.model, artifact.config, artifact.tokenizer, causal, data)
+    trained = load_trained(path)
+    tokenizer = trained.tokenizer or _tokenizer_of_tokens(trained, tokens)
+    return OpenedModel(trained.model, trained.config, tokenizer, verdict(path), trained.data_fingerprint)
+
+
+def _tokenizer_of_tokens(trained: TrainedModel, tokens: Path) -> Tokenizer:
+    if trained.config.data.tokenizer == "gpt2":  # the same for every text
+        return build_tokenizer("gpt2", iter(()))
+    return open_tokens(trained.config.data, tokens, trained.data_fingerprint or None).tokenizer
+
+
+def open_text(opened: OpenedModel, tokens: Path, corpus: str | None = None) -> TokenStore:
+    """The tokens that a model was trained on, or those of another corpus in the model's own tokenizer.
+
+    Args:
+        tokens: folder of the token stores. Text that is not there is built, if the corpus still gives what the model
+            was trained on.
+        corpus: other text, on purpose.
+
+    Raises:
+        HRSError: if the corpus has changed and the tokens are lost, or if they have another tokenizer than the model.
+    """
+    if corpus is not None:
+        return open_tokens_in(opened.tokenizer, corpus, tokens)
+    data = opened.config.data
+    store = open_tokens(data, tokens, opened.data_fingerprint or None)
+    if store.tokenizer.to_str() != opened.tokenizer.to_str():
+        raise HRSError(
+            f"{data.tokenizer} of corpus {data.corpus} is another tokenizer than this model's, which reads only the "
+            "ids that it learned: name the text with --corpus to read it with the model's own tokenizer"
+        )
+    return store
+
+
+def stored_text(opened: OpenedModel, tokens: Path) -> TokenStore | None:
+    """The same if it lies below ``tokens``: nothing is built, and no corpus is looked at. None if it does not."""
+    if not opened.data_fingerprint or stored_tokens(tokens, opened.data_fingerprint) is None:
+        return None
+    return open_text(opened, tokens)
 
 
 def verdict(checkpoint: Path) -> bool | None:
     """What the audit of the checkpoint's run said; None if there was none."""
     for directory in (checkpoint, checkpoint.absolute().parent.parent):
         if (path := directory / "audit.json").is_file():
-            return AuditReport.from_json(path.read_text(encoding="utf-8")).causal
+            try:
+                return AuditReport.from_json(path.read_text(encoding="utf-8")).causal
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                _log.warning("%s is damaged and counts as no audit (%s): hrs audit makes a new one", path, error)
+                return None
     return None

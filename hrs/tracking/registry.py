@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 PREFIX = "mlflow:"
 _EXPORTS, _SUFFIX = "export", ".hrs"  # where jobs/export.py puts its file
 _CHECKPOINT = re.compile(r"step_\d{8}")
-_STATE, _AUDIT = "state.json", "audit.json"
+_STATE = "state.json"
+_BESIDE = ("audit.json", "tokenizer.json")
+"""Files of a run that belong to its checkpoints, if it has them."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
 _ALIAS = re.compile(r"[\w-]{1,100}")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)  # MLflow's own
@@ -176,8 +178,8 @@ def resolve_model(storage: Storage, source: str | Path) -> Path:
     """The path of a model: of ``mlflow:NAME@ALIAS`` or ``mlflow:NAME/VERSION``, or ``source`` itself if it is a path.
 
     A registered model is read where its run left it below this storage, if the file is still the registered one.
-    Otherwise it is fetched into ``<storage>/models``, once: a file, or a checkpoint with its audit in the layout of a
-    run's directory.
+    Otherwise it is fetched into ``<storage>/models``, once: a file, or a checkpoint with its audit and its tokenizer in
+    the layout of a run's directory.
 
     Raises:
         HRSError: for a name, alias or version that does not exist, or a file that is no longer the registered one.
@@ -239,8 +241,8 @@ def _fetch(client: "MlflowClient", version: "ModelVersion", folder: Path, place:
                 "promote its study for a new version"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        if any(f.path == _AUDIT for f in client.list_artifacts(run_id)):
-            os.replace(_download(client, run_id, _AUDIT, scratch, text), folder / _AUDIT)
+        for name in {f.path for f in client.list_artifacts(run_id)}.intersection(_BESIDE):
+            os.replace(_download(client, run_id, name, scratch, text), folder / name)
         if target.is_dir():  # damaged: it is not the registered one
             shutil.rmtree(target)
         os.replace(fetched, target)

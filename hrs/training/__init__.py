@@ -5,9 +5,12 @@ for progress in train(config, store, directory):
 model, config = load_model(directory)  # the weights the run is to be evaluated with
 """
 
-from hrs.training.checkpoint import latest_checkpoint, load_model
+from hrs.training.checkpoint import TrainedModel, latest_checkpoint, load_model, load_trained
 from hrs.training.loop import train
 from hrs.training.progress import Progress, TrainingSummary
 from hrs.training.runtime import Runtime
 
-__all__ = ["Progress", "Runtime", "TrainingSummary", "latest_checkpoint", "load_model", "train"]
+__all__ = [
+    "Progress", "Runtime", "TrainedModel", "TrainingSummary",
+    "latest_checkpoint", "load_model", "load_trained", "train",
+]  # fmt: skip

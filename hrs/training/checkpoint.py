@@ -9,6 +9,9 @@
 Written to a hidden folder, synced to disk, then renamed: a folder ``step_*`` is complete or was damaged later, which
 the checksums tell. No pickle, so a checkpoint can be shared without trust. A run without averages, or one in which
 they have not begun, has no file of them.
+
+``<run>/tokenizer.json`` is the tokenizer that the run learns with; every checkpoint holds its SHA-256 beside the
+fingerprint of the tokens, so that a model is never read with other ids than its own.
 """
 
 import hashlib
@@ -24,12 +27,14 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from hrs import strict_json
 from hrs.config import ExperimentConfig, from_dict, to_dict
+from hrs.data.tokenization import load_tokenizer
 from hrs.errors import HRSError
-from hrs.files import sha256_of, sync
+from hrs.files import sha256_of, sync, write_whole
 from hrs.models import LanguageModel, build_model
 from hrs.training.averaging import Averages
 from hrs.training.randomness import set_rng
@@ -38,6 +43,7 @@ FORMAT = 1
 KEEP = 2
 WEIGHTS, TRAINER, STATE = "weights.safetensors", "trainer.safetensors", "state.json"
 AVERAGES, KEPT = "averages.safetensors", "kept.safetensors"
+TOKENIZER = "tokenizer.json"
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +62,19 @@ class Checkpoint:
     """As :meth:`hrs.training.averaging.Averages.tensors` gives them."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """The state_dict that the run is evaluated with, if it is an averaged one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainedModel:
+    """A trained model with what it was trained on."""
+
+    model: LanguageModel
+    """On the CPU, in eval mode."""
+    config: ExperimentConfig
+    data_fingerprint: str
+    """Of the tokens that it learned from; empty if the checkpoint does not say."""
+    tokenizer: Tokenizer | None
+    """The run's own; None if it kept none, as earlier versions did."""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -167,9 +186,16 @@ def restore(
     set_rng({k.removeprefix("rng/"): v for k, v in checkpoint.trainer.items() if k.startswith("rng/")}, device)
 
 
-def load_model(
-    checkpoint: Path, weights: Literal["auto", "last", "averaged"] = "auto"
-) -> tuple[LanguageModel, ExperimentConfig]:
+Weights = Literal["auto", "last", "averaged"]
+
+
+def load_model(checkpoint: Path, weights: Weights = "auto") -> tuple[LanguageModel, ExperimentConfig]:
+    """The model and the config of :func:`load_trained`."""
+    trained = load_trained(checkpoint, weights)
+    return trained.model, trained.config
+
+
+def load_trained(checkpoint: Path, weights: Weights = "auto") -> TrainedModel:
     """The model of a run directory (its last checkpoint) or of one checkpoint directory: on the CPU, in eval mode.
 
     Args:
@@ -178,8 +204,8 @@ def load_model(
             what the run is to be evaluated with.
 
     Raises:
-        HRSError: if there is no checkpoint, it is damaged or does not belong to this version of the model, or averaged
-            weights are asked for and it holds none.
+        HRSError: if there is no checkpoint, it is damaged or does not belong to this version of the model, averaged
+            weights are asked for and it holds none, or the run's tokenizer is not the one that it learned with.
     """
     path = Path(checkpoint)
     if not path.is_dir():
@@ -190,13 +216,48 @@ def load_model(
             raise HRSError(f"{path} holds no checkpoint: train the run first, or give another directory")
         path = latest
     read = read_checkpoint(path)
-    config: ExperimentConfig = from_dict(ExperimentConfig, read.state["config"])
+    try:
+        config: ExperimentConfig = from_dict(ExperimentConfig, read.state["config"])
+    except (HRSError, LookupError, TypeError, ValueError) as error:
+        raise HRSError(f"checkpoint {path} is of another version of hrs, which trained it ({error})") from error
     if weights == "averaged" and not read.kept:
         raise HRSError(f"checkpoint {path} holds no averaged weights: ask for the last ones")
     with torch.random.fork_rng(devices=[]):  # initialisation must not move the caller's generator
         model = build_model(config.model)
     _load_weights(read, read.weights if weights == "last" else read.kept or read.weights, model)
-    return model.eval(), config
+    tokenizer = _own_tokenizer(path.absolute().parent.parent, read.state.get("tokenizer"))
+    return TrainedModel(model.eval(), config, read.state.get("data", ""), tokenizer)
+
+
+def _own_tokenizer(directory: Path, digest: str | None) -> Tokenizer | None:
+    """The tokenizer of a run's directory; None if it has none, as in a checkpoint that was copied alone."""
+    path = directory / TOKENIZER
+    if digest is None or not path.is_file():
+        return None
+    try:
+        if sha256_of(path) != digest:
+            raise ValueError("its checksum differs")
+        return load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise HRSError(
+            f"{path} is not the tokenizer that this run learned with ({error}): restore it, or delete it to take the "
+            "one of the run's tokens"
+        ) from error
+
+
+def keep_tokenizer(directory: Path, tokenizer: Tokenizer, digest: str | None) -> str:
+    """Write ``tokenizer.json`` of a run unless the file of this digest is there; its SHA-256.
+
+    Args:
+        digest: what the run's last checkpoint says; None if there is none.
+
+    Raises:
+        HRSError: if the disk refuses.
+    """
+    path = directory / TOKENIZER
+    if digest is None or not path.is_file() or sha256_of(path) != digest:
+        write_whole(path, tokenizer.to_str())
+    return sha256_of(path)
 
 
 def _load_weights(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from hrs.models.geometry import TokenGeometry
 from hrs.training.activations import checkpoint_activations
 from hrs.training.averaging import Averages
 from hrs.training.batches import Batch, Batches
-from hrs.training.checkpoint import config_as_json, read_latest, restore
+from hrs.training.checkpoint import config_as_json, keep_tokenizer, read_latest, restore
 from hrs.training.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from hrs.training.interval import IntervalMeans
 from hrs.training.memory import fit_micro_batch
@@ -144,6 +144,8 @@ class _Run:
             self.averages = Averages(averaging, self.model, training.steps)
         with explained(self.device, "the state of the optimizer is too much", REMEDY):
             state = self._restored_state()
+        if self.first:
+            self.tokenizer_digest = keep_tokenizer(self.directory, store.tokenizer, state.get("tokenizer"))
         self.step: int = state["step"]
         self.seconds: float = state["seconds"]
         self.step_seconds: float = state["step_seconds"]
@@ -346,6 +348,7 @@ class _Run:
         state = {
             "config": config_as_json(self.config),
             "data": self.store.fingerprint,
+            "tokenizer": self.tokenizer_digest,
             "step": self.step,
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import hrs.files
 from hrs.config import DataConfig
-from hrs.data import TokenStore, data_fingerprint, load_corpus, open_tokens, split_of
+from hrs.data import TokenStore, absolute_corpus, data_fingerprint, load_corpus, open_tokens, split_of
 from hrs.errors import HRSError
 
 WORDS = ["the", "of", "river", "house", "mountain", "walks", "under", "blue", "日本", "café", "😀", "<|endoftext|>"]
@@ -152,8 +153,29 @@ def damage_arrow(folder: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
 
 
+def damage_by_flipping_tokens(folder: Path) -> None:
+    path = folder / "train.tokens.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # within the ids: the file still reads as Arrow
+    path.write_bytes(content)
+
+
+def damage_a_fact(folder: Path) -> None:
+    path = folder / "store.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("unknown", "unheard"), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_by_cutting, damage_by_deleting, damage_metadata, damage_tokenizer, damage_arrow]
+    "damage",
+    [
+        damage_by_cutting,
+        damage_by_deleting,
+        damage_by_flipping_tokens,
+        damage_a_fact,
+        damage_metadata,
+        damage_tokenizer,
+        damage_arrow,
+    ],
 )
 def test_a_damaged_store_is_built_again_with_a_warning(
     tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -164,6 +186,55 @@ def test_a_damaged_store_is_built_again_with_a_warning(
     store = open_tokens(data, tmp_path)
     assert np.array_equal(store.train.tokens, tokens)
     assert "damaged and is built again" in caplog.text
+
+
+def test_each_file_is_hashed_once_per_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_corpus(tmp_path / "corpus.jsonl")
+    open_tokens(data, tmp_path)
+    monkeypatch.setattr(hrs.files, "sha256_of", lambda path: pytest.fail(f"{path} is hashed again"))
+    open_tokens(data, tmp_path)
+
+
+def test_a_store_of_an_earlier_version_has_sizes_only_and_still_opens(tmp_path: Path) -> None:
+    data = write_corpus(tmp_path / "corpus.jsonl")
+    built = open_tokens(data, tmp_path)
+    path = tmp_path / built.fingerprint / "store.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({n: v for n, v in facts.items() if "sha256" not in n}), encoding="utf-8")
+    changed = path.stat().st_mtime_ns
+    assert np.array_equal(open_tokens(data, tmp_path).train.tokens, built.train.tokens)
+    assert path.stat().st_mtime_ns == changed
+
+
+def test_planned_tokens_are_opened_without_their_corpus_and_never_exchanged(tmp_path: Path) -> None:
+    data = write_corpus(tmp_path / "corpus.jsonl")
+    built = open_tokens(data, tmp_path / "tokens")
+    write_corpus(tmp_path / "corpus.jsonl", n_documents=70)
+    assert open_tokens(data, tmp_path / "tokens", built.fingerprint).fingerprint == built.fingerprint
+    with pytest.raises(HRSError, match=f"no longer the text of tokens {built.fingerprint}"):
+        open_tokens(data, tmp_path / "elsewhere", built.fingerprint)
+    (tmp_path / "corpus.jsonl").unlink()
+    assert open_tokens(data, tmp_path / "tokens", built.fingerprint).fingerprint == built.fingerprint
+    with pytest.raises(HRSError, match="does not exist"):
+        open_tokens(data, tmp_path / "elsewhere", built.fingerprint)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "hf"])
+def test_a_path_means_the_same_in_every_working_directory(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_corpus(f"{kind}:here") == absolute_corpus(f"{kind}:~/here") == f"{kind}:{tmp_path / 'here'}"
+    assert absolute_corpus(f"{kind}:{tmp_path / 'here'}") == f"{kind}:{tmp_path / 'here'}"
+    with pytest.raises(HRSError, match="write it without ~"):
+        absolute_corpus(f"{kind}:~nosuchuser/here")
+
+
+def test_other_names_of_corpora_are_left_as_they_are() -> None:
+    for name in ("wiki-mini", "bbc", "hf:owner/data", "hf:owner/data:config", "text:", "nonsense"):
+        assert absolute_corpus(name) == name
 
 
 def test_the_rest_of_a_killed_build_is_cleared_away(tmp_path: Path) -> None:

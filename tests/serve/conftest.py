@@ -28,7 +28,7 @@ def opened(small_corpus: Path, small_store: TokenStore) -> OpenedModel:
     changes = {"data.tokenizer": "bpe:300", "data.corpus": f"jsonl:{small_corpus}", "model.max_seq_len": str(CONTEXT)}
     config = experiment("dense_baseline", "micro", overrides=changes)
     torch.manual_seed(0)
-    return OpenedModel(build_model(config.model).eval(), config, small_store.tokenizer, causal=True)
+    return OpenedModel(build_model(config.model).eval(), config, small_store.tokenizer, True, small_store.fingerprint)
 
 
 class Endpoint:
