@@ -67,6 +67,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise HRSError(f"{path} could not be written ({error.strerror}): make room, or give another place") from error
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        HRSError: naming the file if it is missing, cut off or something else.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HRSError(f"{path} is missing or damaged ({error})") from error
+
+
 # ---- folders with a manifest -----------------------------------------------------------------------------------------
 
 _SIZES, _SUMS, _OWN = "files", "sha256", "manifest_sha256"

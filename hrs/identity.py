@@ -5,9 +5,10 @@ import functools
 import hashlib
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from hrs.config import ExperimentConfig, canonical_json
+from hrs.config import DataConfig, ExperimentConfig, canonical_json
 
 _PACKAGE = Path(__file__).parent
 _ROOMS_THAT_MATTER = ("data", "nn", "models", "manifold", "training", "evaluation")
@@ -45,6 +46,9 @@ def code_version() -> str:
 
 
 def run_key(config: ExperimentConfig, data_fingerprint: str) -> str:
-    """16 hex digits naming the run of ``config`` on that data with this code, on any machine."""
-    text = "\n".join((canonical_json(config), data_fingerprint, code_version()))
+    """16 hex digits naming the run of ``config`` on that data with this code, on any machine.
+
+    The fingerprint stands for the text and its tokenizer: where the text lies is no part of the key.
+    """
+    text = "\n".join((canonical_json(replace(config, data=DataConfig())), data_fingerprint, code_version()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.workers import reserved_runtime
 from hrs.errors import HRSError
 from hrs.export import ExportResult, export, format_result, open_model, open_text, parse_budget
+from hrs.files import write_whole
 from hrs.report.records import RunRecord
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
@@ -67,7 +68,7 @@ def export_run(directory: Path, target: Path, options: argparse.Namespace, stora
         calibrate=options.calibrate,
         device=reserved_runtime().torch_device(),
     )
-    target.with_name(RESULT).write_text(result.to_json(), encoding="utf-8")
+    write_whole(target.with_name(RESULT), result.to_json())
     return result
 
 

@@ -26,6 +26,7 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig, canonical_json, to_dict
 from hrs.errors import HRSError
+from hrs.files import write_whole
 from hrs.report.gated_table import GatedReading, Use, gated_table
 from hrs.report.rows import without_seed
 from hrs.retrieval.bank.slots import slot_maker
@@ -35,7 +36,7 @@ from hrs.retrieval.retriever import Mode, RetrievalOptions, Retriever, SlotMaker
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
-from jobs.measuring import Measurement, Subject, find_model, open_subject, save_whole, tell, track
+from jobs.measuring import Measurement, Subject, find_model, open_subject, tell, track
 
 STUDY = "gated_retrieval"
 MODES: tuple[Mode, ...] = ("text", "slots")
@@ -186,7 +187,7 @@ def measure(path: Path, plans: Plans, storage: Storage) -> Iterator[str | Measur
         result: GatedResult = yield from labelled(
             f"{label} {mode}", measure_gated(retriever, subject.tokens, plans[mode], gate, len(memories))
         )
-        save_whole(root / keys[mode] / RESULT, result.to_json())
+        write_whole(root / keys[mode] / RESULT, result.to_json())
         yield f"{label} {mode}: measured in {result.seconds:.0f} s"
         yield told(mode)
 
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = table_of(measured, options.split)
         path = storage.root / _FOLDER / "tables" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.txt"
         if not path.exists():
-            save_whole(path, text)
+            write_whole(path, text)
             study_id = tracker.open_study(STUDY, {})
             tracker.log_study_artifact(study_id, path)
             tracker.close_study(study_id, "finished")

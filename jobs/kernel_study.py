@@ -10,7 +10,6 @@ docs/kernels.md says how to read it. Submitting the same study again runs and me
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation.separation import Separations, from_dict, measure_separation, segment_length, segments_of, to_dict
 from hrs.export import open_model, open_text
+from hrs.files import write_whole
 from hrs.report.separation_table import separation_tables
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [(run.config.preset, run.config.seed, scores[run.key]) for run in runs if run.key in scores]
     )
     folder = storage.report(study.name)
-    (folder / "separation.txt").write_text(text, encoding="utf-8")
+    write_whole(folder / "separation.txt", text)
     by_run = {run.label: to_dict(scores[run.key]) for run in runs if run.key in scores}
-    (folder / "separation.json").write_text(strict_json.dumps(by_run, indent=1), encoding="utf-8")
+    write_whole(folder / "separation.json", strict_json.dumps(by_run, indent=1))
     study_id = tracker.open_study(study.name, {})
     tracker.log_study_artifact(study_id, folder)
     unfinished = f"{len(runs) - len(finished)} runs unfinished"
@@ -115,9 +115,7 @@ def measure_run(run: Run, storage: Storage) -> None:
     """Write ``separation.json`` of a finished run, from its last checkpoint, on the CPU."""
     opened = open_model(storage.run(run.key), storage.tokens)
     found = measure_separation(opened.model, opened.config, open_text(opened, storage.tokens))
-    partial = _file(run, storage).with_suffix(".part")
-    partial.write_text(strict_json.dumps(to_dict(found)), encoding="utf-8")
-    os.replace(partial, _file(run, storage))
+    write_whole(_file(run, storage), strict_json.dumps(to_dict(found)))
 
 
 def _file(run: Run, storage: Storage) -> Path:

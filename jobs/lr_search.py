@@ -25,6 +25,7 @@ from hrs.cluster.study import Run, Study
 from hrs.config import ExperimentConfig, from_dict, parse_assignments
 from hrs.data import open_tokens
 from hrs.errors import HRSError
+from hrs.files import write_whole
 from hrs.identity import code_version
 from hrs.report.records import RunRecord
 from hrs.report.schedule_plots import plot_schedule
@@ -124,7 +125,7 @@ def conclude(study: str, study_id: str, tracker: Tracker, storage: Storage, samp
         raise HRSError(sentence)
     directory = storage.report(study)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "search.txt").write_text(search_table(records) + "\n", encoding="utf-8")
+    write_whole(directory / "search.txt", search_table(records) + "\n")
     picture = directory / "best_schedule.png"
     plot_schedule(from_dict(ExperimentConfig, best.config), picture)
     tracker.log_study_artifact(study_id, directory)

@@ -20,7 +20,7 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.manifold import STAGES, build_manifolds, cached_digest, reads_manifold
 from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig, GeometryConfig, parse_assignments
-from hrs.data import data_fingerprint, open_tokens
+from hrs.data import absolute_corpus, data_fingerprint, open_tokens
 from hrs.errors import HRSError
 from hrs.manifold.build import PICTURE, manifold_key, open_manifold, require_fit
 from hrs.manifold.manifold import NOTE, Manifold
@@ -55,6 +55,8 @@ def config_of(options: argparse.Namespace) -> ExperimentConfig:
         HRSError: for unknown presets, scales or fields, or a model that reads no geometry of a text.
     """
     overrides = parse_assignments(options.set) | ({"data.corpus": options.corpus} if options.corpus else {})
+    if corpus := overrides.get("data.corpus"):
+        overrides["data.corpus"] = absolute_corpus(corpus)
     config = experiment(options.preset, options.scale, 0, overrides)
     if not reads_manifold(config):
         raise HRSError(

@@ -22,6 +22,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
+from hrs.files import write_whole
 from hrs.report.records import RunRecord
 from hrs.report.rows import by_preset
 from hrs.report.table import ABSENT, WIDTH
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records = tracker.study_records(study.name, with_history=False)
     lines = position_lines(records)
     folder = storage.report(study.name)
-    (folder / "positions.txt").write_text(table := position_table(lines), encoding="utf-8")
+    write_whole(folder / "positions.txt", table := position_table(lines))
     if lines:
         plot_positions(lines, folder / "positions.png")
     study_id = tracker.open_study(study.name, {})

@@ -1,6 +1,5 @@
 """What jobs that measure models share: finding a model, a worker for each, whole results, runs in MLflow."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +61,6 @@ def open_subject(path: Path, storage: Storage) -> Subject:
     opened.model.to(reserved_runtime().torch_device())
     tokens = open_text(opened, storage.tokens)
     return Subject(opened=opened, tokens=tokens, fingerprint=model_fingerprint(opened.model))
-
-
-def save_whole(path: Path, text: str) -> None:
-    """Write a file whose presence says that all is done: the whole of it, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 # ---- in the job ------------------------------------------------------------------------------------------------------

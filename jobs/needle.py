@@ -24,6 +24,7 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig
 from hrs.errors import HRSError
+from hrs.files import write_whole
 from hrs.retrieval.needle.plan import NeedlePlan
 from hrs.retrieval.needle.report import HEAT_MAP, draw_heat_map, format_tables, page
 from hrs.retrieval.needle.result import NeedleResult, measure_needles, measurement_key
@@ -31,7 +32,7 @@ from hrs.retrieval.segments import default_cut
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
-from jobs.measuring import Measurement, open_subject, require_model, save_whole, tell, track
+from jobs.measuring import Measurement, open_subject, require_model, tell, track
 
 STUDY = "needles"
 T = TypeVar("T")
@@ -137,9 +138,9 @@ def save(result: NeedleResult, folder: Path, title: str, command: str) -> None:
     """Write everything; the numbers come last, so that where they stand all is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_heat_map(result, folder / HEAT_MAP)
-    (folder / TABLES).write_text(format_tables(result) + "\n", encoding="utf-8")
-    (folder / PAGE).write_text(page(result, title, command), encoding="utf-8")
-    save_whole(folder / RESULT, result.to_json())
+    write_whole(folder / TABLES, format_tables(result) + "\n")
+    write_whole(folder / PAGE, page(result, title, command))
+    write_whole(folder / RESULT, result.to_json())
 
 
 def measurement_of(measured: Measured) -> Measurement:

@@ -31,6 +31,7 @@ from hrs.data import TokenStore, open_tokens
 from hrs.data.windows import Shown
 from hrs.evaluation import AuditReport, Evaluation, evaluate
 from hrs.export import open_model, open_text
+from hrs.files import write_whole
 from hrs.models.geometry import TokenGeometry
 from hrs.report.retrieval_table import Reading, retrieval_table
 from hrs.retrieval.bank import MemoryBank, open_bank, weights_fingerprint
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = storage.report(name)
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / ("retrieval.txt" if options.split == OWN_SPLIT else f"retrieval_{options.split}.txt")
-    report.write_text(text, encoding="utf-8")
+    write_whole(report, text)
     tracker.log_study_artifact(study_id, folder)
     unfinished = len(runs) - len(finished)
     tracker.close_study(study_id, "failed" if unfinished else "finished", f"{unfinished} runs unfinished")
@@ -243,10 +244,7 @@ def reading(runs: Sequence[Run], label: str, part: Shown, split: str, storage: S
         preset=runs[0].config.preset,
         shown=label,
         documents={run.config.seed: Evaluation.load(_folder(run, split, part, storage)).documents for run in runs},
-        causal=all(
-            AuditReport.from_json((storage.run(run.key) / "audit.json").read_text(encoding="utf-8")).causal
-            for run in runs
-        ),
+        causal=all(AuditReport.load(storage.run(run.key) / "audit.json").causal for run in runs),
     )
 
 

@@ -40,6 +40,7 @@ from hrs.evaluation.topic_pieces import (
     sources_and_chance,
 )
 from hrs.export import open_model, open_text
+from hrs.files import write_whole
 from hrs.models import LanguageModel
 from hrs.report.statistics import Interval
 from hrs.report.table import with_bounds
@@ -259,10 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(study: TopicStudy, source: str, path: Path, folder: Path, storage: Storage, tracker: Tracker) -> None:
     """Print the tables and keep them, with a copy in MLflow if the model is a finished run's."""
     text = page(study, source)
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "topics.json", folder / "topics.md"]
-    files[0].write_text(strict_json.dumps({"model": str(path)} | study.to_dict(), indent=1), encoding="utf-8")
-    files[1].write_text(text, encoding="utf-8")
+    write_whole(files[0], strict_json.dumps({"model": str(path)} | study.to_dict(), indent=1))
+    write_whole(files[1], text)
     print(f"\n{text}\ntopics: {files[0]}", flush=True)
     key = path.name
     if path == storage.run(key) and tracker.finished([key]):

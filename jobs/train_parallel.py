@@ -27,6 +27,7 @@ from hrs.cluster.timing import DEVICE_FILE
 from hrs.cluster.workers import train_with_workers
 from hrs.config import ExperimentConfig, parse_assignments
 from hrs.data import TokenStore
+from hrs.files import write_whole
 from hrs.models.geometry import TokenGeometry
 from hrs.storage import open_storage
 from hrs.training import Progress, Runtime
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runtime = replace(runtime, device="cuda" if gpus else "cpu")
         # The speed of several workers tells nothing of one process, which may train the same config.
         facts = {"device": f"{options.workers} workers", "tenants": 1}
-        (directory / DEVICE_FILE).write_text(strict_json.dumps(facts), encoding="utf-8")
+        write_whole(directory / DEVICE_FILE, strict_json.dumps(facts))
         return train_with_workers(
             config, storage.tokens, directory, runtime, geometry, gpus=gpus, fingerprint=store.fingerprint
         )

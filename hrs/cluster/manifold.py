@@ -20,6 +20,7 @@ from hrs.cluster.preflight import connect
 from hrs.config import DataConfig, ExperimentConfig, GeometryConfig
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
+from hrs.files import write_whole
 from hrs.manifold.build import manifold_key, open_manifold
 from hrs.manifold.controls import controlled
 from hrs.manifold.manifold import Manifold
@@ -193,9 +194,7 @@ class ManifoldBuilder:
             ends = [started, *self._ended_at.values()]
             seconds = dict(zip(self._ended_at, (b - a for a, b in itertools.pairwise(ends)), strict=True))
             notes = {stage: note for stage, (_, note) in self._reports.items()}
-            (folder / STAGES).write_text(
-                strict_json.dumps({"seconds": seconds, "notes": notes}, indent=1), encoding="utf-8"
-            )
+            write_whole(folder / STAGES, strict_json.dumps({"seconds": seconds, "notes": notes}, indent=1))
             self._ended_at.clear()
         return manifold.digest
 

@@ -1,6 +1,7 @@
 """A study's page and table from what was tracked, for the jobs and for ``hrs report``."""
 
 from hrs.errors import HRSError
+from hrs.files import write_whole
 from hrs.report import RunRecord, format_table, write_report
 from hrs.report.search_table import as_overrides, best_of, final_loss, is_search, search_table
 from hrs.storage import Storage
@@ -32,7 +33,7 @@ def write_page(study: str, records: list[RunRecord], tracker: Tracker, storage: 
     try:
         if is_search(records):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "search.txt").write_text(search_table(records) + "\n", encoding="utf-8")
+            write_whole(folder / "search.txt", search_table(records) + "\n")
             return f"report: {folder / 'search.txt'}"
         return f"report: {write_report(study, records, folder, commands=tracker.study_commands(study)).html}"
     except OSError as error:

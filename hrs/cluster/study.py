@@ -7,7 +7,7 @@ from typing import Any
 
 from hrs import strict_json
 from hrs.config import DataConfig, ExperimentConfig
-from hrs.data import data_fingerprint
+from hrs.data import absolute_corpus, data_fingerprint
 from hrs.errors import HRSError
 from hrs.identity import run_key
 from hrs.presets import experiment
@@ -43,6 +43,8 @@ class Study:
             raise HRSError(
                 "a study needs at least one preset and one seed: give --presets or --study, and --seeds N above 0"
             )
+        if corpus := self.overrides.get("data.corpus"):  # workers have other working directories
+            object.__setattr__(self, "overrides", {**self.overrides, "data.corpus": absolute_corpus(corpus)})
 
     @property
     def name(self) -> str:

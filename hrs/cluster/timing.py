@@ -5,20 +5,25 @@ disturbed. One core of the CPU is timed instead.
 """
 
 import functools
-import json
+import logging
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from hrs.cluster.hardware import GpuPool
 from hrs.config import DataConfig, ExperimentConfig, content_hash, from_dict
+from hrs.errors import HRSError
+from hrs.files import read_json
 from hrs.gpu import FIRST_BF16_CAPABILITY, GpuProperties
 from hrs.storage import Storage
 from hrs.training import Runtime
 from hrs.training.gpu_time import GpuSpeed, TrainingTrace, model_step, trace_training
+
+_log = logging.getLogger(__name__)
 
 DEVICE_FILE = "device.json"
 """In a run's directory: ``device`` (a GPU's kind, ``cpu``, or that there were several workers) and ``tenants`` (trials
@@ -167,18 +172,35 @@ def _shape(config: ExperimentConfig) -> str:
 def _measured_speeds(storage: Storage) -> dict[tuple[str, str, int], float]:
     """Return tokens per second of every trained run in the storage, by shape, device and planned tenants.
 
-    Runs that do not say where they were trained are taken for runs on the CPU.
+    Runs that do not say where they were trained are taken for runs on the CPU. A run whose files are damaged, or of
+    another version, is logged and left out: its speed is worth less than the plan.
     """
     speeds: dict[tuple[str, str, int], float] = {}
     for summary in storage.root.glob("runs/*/training.json"):
         config, device = summary.with_name("config.json"), summary.with_name(DEVICE_FILE)
-        if config.exists():
-            facts: dict[str, Any] = {"device": "cpu", "tenants": 1}
-            if device.exists():
-                facts = json.loads(device.read_text())
-            shape = _shape(from_dict(ExperimentConfig, json.loads(config.read_text())))
-            speeds[shape, facts["device"], facts["tenants"]] = json.loads(summary.read_text())["tokens_per_second"]
+        if not config.exists():
+            continue
+        try:
+            facts: dict[str, Any] = read_json(device) if device.exists() else {"device": "cpu", "tenants": 1}
+            shape = _shape(read_config(config))
+            speeds[shape, facts["device"], facts["tenants"]] = float(read_json(summary)["tokens_per_second"])
+        except (HRSError, LookupError, TypeError, ValueError) as error:
+            _log.warning("the speed of run %s is not known: %s", summary.parent.name, error)
     return speeds
+
+
+def read_config(path: Path) -> ExperimentConfig:
+    """Return the config of a run from its ``config.json``.
+
+    Raises:
+        HRSError: naming the file if it is damaged, or has fields that this version does not know.
+    """
+    values = read_json(path)
+    try:
+        config: ExperimentConfig = from_dict(ExperimentConfig, values)
+    except (HRSError, LookupError, TypeError, ValueError) as error:
+        raise HRSError(f"{path} is of another version of hrs ({str(error).partition(';')[0]})") from error
+    return config
 
 
 @functools.cache

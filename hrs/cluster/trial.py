@@ -25,6 +25,7 @@ from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.data import TokenStore, open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
+from hrs.files import write_whole
 from hrs.gpu import explained, gpu_of, move
 from hrs.models import LanguageModel
 from hrs.models.geometry import TokenGeometry
@@ -86,7 +87,7 @@ def run_trial(spec: TrialSpec, trainer: Trainer = train) -> Iterator[TrialProgre
     lock = FileLock(directory / "lock")
     yield from _acquire(lock, waiting)  # a second sweep over the same run waits, then finds it done
     try:
-        (directory / "config.json").write_text(canonical_json(run.config))
+        write_whole(directory / "config.json", canonical_json(run.config))
         (directory / _STOPPED_FILE).unlink(missing_ok=True)
         tracker = Tracker(storage)
         if not tracker.finished([run.key]):
@@ -111,7 +112,7 @@ def reason_of(error: BaseException) -> str:
 
 def mark_stopped(storage: Storage, key: str, step: int) -> None:
     """Note that a scheduler ends a run early, before the run is closed: a cancel closes it in the same way."""
-    (storage.run(key) / _STOPPED_FILE).write_text(f"a scheduler ended it at step {step}", encoding="utf-8")
+    write_whole(storage.run(key) / _STOPPED_FILE, f"a scheduler ended it at step {step}")
 
 
 def _acquire(lock: FileLock, waiting: TrialProgress) -> Generator[TrialProgress, None, None]:
@@ -182,7 +183,7 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
     if not (directory / DEVICE_FILE).exists():
         used = gpu_of(device)
         facts = {"device": used.properties.kind if used is not None else "cpu", "tenants": spec.tenants}
-        (directory / DEVICE_FILE).write_text(strict_json.dumps(facts), encoding="utf-8")
+        write_whole(directory / DEVICE_FILE, strict_json.dumps(facts))
     yield TrialProgress(stage="evaluate", step=steps, steps=steps)
     evaluation = evaluate(move(model, device), store, stride_frac=config.evaluation.stride_frac)
     evaluation.save(directory)
@@ -190,7 +191,7 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
     cpu = torch.device("cpu")  # where float64 is fast enough and sums have one order
     with explained(cpu, "the audit is too much", "give this process more memory"):
         verdict = audit(model.to(cpu))
-    (directory / "audit.json").write_text(verdict.to_json())
+    write_whole(directory / "audit.json", verdict.to_json())
     _record(spec, directory, model, evaluation, verdict, logger)
 
 

@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from hrs import strict_json
+from hrs.errors import HRSError
 from hrs.evaluation.audit_checks import (
     batch_independence,
     cached_decode,
@@ -50,6 +52,18 @@ class AuditReport:
     @classmethod
     def from_json(cls, text: str) -> "AuditReport":
         return cls([_test_from(values) for values in json.loads(text)["tests"]])
+
+    @classmethod
+    def load(cls, path: Path) -> "AuditReport":
+        """Read what was written with :meth:`to_json`.
+
+        Raises:
+            HRSError: if the file is missing, cut off or something else.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise HRSError(f"audit {path} is missing or damaged ({error}): hrs audit makes a new one") from error
 
     def __str__(self) -> str:
         failed = sum(not test.passed for test in self.tests)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from hrs import strict_json
 from hrs.errors import HRSError
+from hrs.files import write_whole
 
 _NUMBERS, _DOCUMENTS = "evaluation.json", "documents.arrow"
 
@@ -96,11 +96,11 @@ class Evaluation:
         directory.mkdir(parents=True, exist_ok=True)
         numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "documents"}
         numbers["loss_by_position"] = self.loss_by_position.tolist()
-        with pa.ipc.new_file(str(directory / f"{_DOCUMENTS}.part"), self.documents.schema) as writer:
+        table = pa.BufferOutputStream()
+        with pa.ipc.new_file(table, self.documents.schema) as writer:
             writer.write_table(self.documents)
-        (directory / f"{_NUMBERS}.part").write_text(strict_json.dumps(numbers, indent=1), encoding="utf-8")
-        for name in (_DOCUMENTS, _NUMBERS):
-            os.replace(directory / f"{name}.part", directory / name)
+        write_whole(directory / _DOCUMENTS, table.getvalue().to_pybytes())
+        write_whole(directory / _NUMBERS, strict_json.dumps(numbers, indent=1))
 
     @classmethod
     def load(cls, directory: Path) -> "Evaluation":

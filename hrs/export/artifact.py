@@ -14,7 +14,6 @@ covered by the checksum, and nothing larger than the model is allocated.
 import hashlib
 import importlib.metadata
 import json
-import os
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from hrs.data.tokenization import load_tokenizer
 from hrs.errors import HRSError
 from hrs.export.compression import compress, decompress
 from hrs.export.tensors import Packed, Spec, unpack
+from hrs.files import write_whole
 from hrs.identity import code_version
 from hrs.models import LanguageModel, build_model
 
@@ -125,17 +125,7 @@ def write_artifact(
         HRSError: if the disk refuses.
     """
     content = serialise(packed, config, tokenizer, provenance or Provenance())
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise HRSError(f"{path} could not be written ({error.strerror}): make room, or give another place") from error
+    write_whole(path, content)
     learned = [part for part in packed if part.n_weights]
     return ArtifactSummary(
         path=path,

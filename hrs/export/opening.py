@@ -105,8 +105,8 @@ def verdict(checkpoint: Path) -> bool | None:
     for directory in (checkpoint, checkpoint.absolute().parent.parent):
         if (path := directory / "audit.json").is_file():
             try:
-                return AuditReport.from_json(path.read_text(encoding="utf-8")).causal
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                _log.warning("%s is damaged and counts as no audit (%s): hrs audit makes a new one", path, error)
+                return AuditReport.load(path).causal
+            except HRSError as error:
+                _log.warning("%s, and until then counts as none", error)
                 return None
     return None

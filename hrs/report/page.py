@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hrs.files import write_whole
 from hrs.presets import PRESETS
 from hrs.report.notes import notes
 from hrs.report.records import RunRecord
@@ -95,9 +96,9 @@ def write_report(
         table_text=directory / "table.txt",
         plots=tuple(plot.path for plot in plots),
     )
-    files.html.write_text(html, encoding="utf-8")
-    files.markdown.write_text(_markdown(study, comparison, facts, origin, plots), encoding="utf-8")
-    files.table_text.write_text(text_table(comparison), encoding="utf-8")
+    write_whole(files.html, html)
+    write_whole(files.markdown, _markdown(study, comparison, facts, origin, plots))
+    write_whole(files.table_text, text_table(comparison))
     return files
 
 

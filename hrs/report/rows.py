@@ -99,8 +99,11 @@ def by_preset(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without its seed, and without the run of that seed whose memories it reads."""
+    """A config without its seed, the place where its text lies, and the run of that seed whose memories it reads."""
     settings = {name: value for name, value in config.items() if name != "seed"}
+    if data := config.get("data"):
+        kind = data.get("corpus", "").partition(":/")[0]  # its documents tell what the text is
+        settings["data"] = data | {"corpus": kind}
     if retrieval := config.get("training", {}).get("retrieval"):
         retrieval = {k: v for k, v in retrieval.items() if k not in ("base", "fingerprint")}
         settings["training"] = config["training"] | {"retrieval": retrieval}

@@ -14,7 +14,6 @@ share of generated tokens at which the gate fires is close to the calibrated one
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -31,6 +30,7 @@ from hrs.data.store import TokenSplit
 from hrs.data.windows import evaluation_windows
 from hrs.errors import HRSError
 from hrs.evaluation.reading import read_windows
+from hrs.files import write_whole
 from hrs.models.base import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.entropy import Gate, GateSettings, RollingEntropy
@@ -129,9 +129,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write it as JSON: the whole file, or none."""
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(self.to_json(), encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "Calibration":

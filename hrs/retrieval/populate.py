@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hrs import strict_json
 from hrs.data.store import TokenStore
 from hrs.errors import HRSError
+from hrs.files import write_whole
 from hrs.identity import code_fingerprint
 from hrs.models.base import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
@@ -171,7 +172,7 @@ def populated_once(
         if not (folder / _WHOLE).exists():
             yield from populate(model, tokens, population, store, folder / "readings")
             shutil.rmtree(folder / "readings")
-            (folder / _WHOLE).write_text(strict_json.dumps(content, indent=1), encoding="utf-8")
+            write_whole(folder / _WHOLE, strict_json.dumps(content, indent=1))
     return store
 
 

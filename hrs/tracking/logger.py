@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hrs import strict_json
 from hrs.errors import HRSError
+from hrs.files import write_whole
 from hrs.tracking.owner import HEARTBEAT_SECONDS
 
 if TYPE_CHECKING:
@@ -190,18 +191,12 @@ class RunLogger:
 
     def _write_spill(self) -> None:
         if self._buffer:
-            self._spill.parent.mkdir(parents=True, exist_ok=True)
-            self._spill.write_text("".join(strict_json.dumps(value) + "\n" for value in self._buffer))
+            write_whole(self._spill, "".join(strict_json.dumps(value) + "\n" for value in self._buffer))
             _logger.warning("%d values are kept in %s", len(self._buffer), self._spill)
 
     def _take_back_spill(self) -> None:
         if self._spill.exists():
-            values = [json.loads(line) for line in self._spill.read_text().splitlines()]
-            self._buffer = [
-                (name, strict_json.number(value), when, step)
-                for name, value, when, step in values
-                if step > self._last_steps.get(name, -1)
-            ]
+            self._buffer = [v for v in _spilt(self._spill) if v[3] > self._last_steps.get(v[0], -1)]
             for name, _, _, step in self._buffer:
                 self._last_steps[name] = max(step, self._last_steps.get(name, -1))
 
@@ -210,6 +205,20 @@ class RunLogger:
         if wrong:
             raise HRSError(f"metric name {wrong[0]!r} must be words of letters, digits, '_', '.' or '-', joined by '/'")
         self._names |= values.keys()
+
+
+def _spilt(path: Path) -> list[tuple[str, float, int, int]]:
+    """Values that a run left behind; a line that is cut off or damaged is logged and left out."""
+    values, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            name, value, milliseconds, step = json.loads(line)
+            values.append((str(name), float(strict_json.number(value)), int(milliseconds), int(step)))
+        except (ValueError, TypeError):
+            damaged += 1
+    if damaged:
+        _logger.warning("%d lines of %s are damaged and left out", damaged, path)
+    return values
 
 
 def close_run(client: "MlflowClient", run_id: str, outcome: Outcome, reason: str) -> None:

@@ -1,12 +1,12 @@
 """What a run tells while it trains, and what it leaves when it is done."""
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from hrs import strict_json
+from hrs.files import write_whole
 from hrs.gpu import gpu_of
 
 
@@ -52,9 +52,7 @@ class TrainingSummary:
 
     def save(self, directory: Path) -> None:
         """Write ``training.json``, whole or not at all."""
-        partial = directory / ".training.json.partial"
-        partial.write_text(strict_json.dumps(asdict(self), indent=1), encoding="utf-8")
-        os.replace(partial, directory / "training.json")
+        write_whole(directory / "training.json", strict_json.dumps(asdict(self), indent=1))
 
 
 def memory_in_use_bytes(device: torch.device) -> int:

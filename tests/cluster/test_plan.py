@@ -51,6 +51,20 @@ def test_a_changed_corpus_changes_every_key(runs: list[Run], small_corpus: Path,
     assert changed[0].key != runs[0].key
 
 
+def test_the_key_of_a_run_does_not_depend_on_where_its_text_lies(
+    runs: list[Run], small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / small_corpus.name).write_bytes(small_corpus.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    overrides = {"data.corpus": f"jsonl:{small_corpus.name}", "data.tokenizer": "bpe:300"}
+    study = Study(title="t", presets=("dense_baseline",), scale="micro", seeds=(0,), overrides=overrides)
+    (moved,) = study.runs()
+    assert moved.key == runs[0].key
+    assert moved.config.data.corpus == f"jsonl:{tmp_path / small_corpus.name}", "workers have other directories"
+    tokenizer = dict(overrides, **{"data.tokenizer": "bpe:301"})
+    assert dataclasses.replace(study, overrides=tokenizer).runs()[0].key != runs[0].key
+
+
 def test_overridden_studies_have_names_of_their_own() -> None:
     plain = Study(title="v1", presets=("dense_baseline",), scale="tiny", seeds=(0,))
     changed = dataclasses.replace(plain, overrides={"training.steps": "7"})
@@ -97,6 +111,33 @@ def test_minutes_are_measured_once_a_run_of_that_shape_was(runs: list[Run], tmp_
     assert same_shape.minutes == pytest.approx(1.2 * tokens / 100 / 60)
     assert other_shape.timing == "estimated"
     assert math.isfinite(other_shape.minutes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", ""),
+        ("config.json", '{"later_field": 1}'),
+        ("training.json", '{"tokens_per'),
+        ("training.json", "[]"),
+        ("device.json", ""),
+        ("device.json", "{}"),
+    ],
+)
+def test_one_bad_file_of_an_old_run_is_named_and_blocks_no_plan(
+    name: str, content: str, runs: list[Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(tmp_path)
+    for run, speed in zip(runs[:2], (100.0, 50.0), strict=True):
+        directory = storage.run(run.key)
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(canonical_json(run.config))
+        (directory / "training.json").write_text(json.dumps({"tokens_per_second": speed}))
+    (storage.run(runs[0].key) / name).write_text(content)
+    plan = plan_runs(runs[:1], set(), Hardware(cpus=2), storage, Runtime())
+    tokens = runs[0].config.tokens_per_step * runs[0].config.training.steps
+    assert plan.trials[0].minutes == pytest.approx(1.2 * tokens / 50 / 60), "the other run's speed counts"
+    assert f"the speed of run {runs[0].key} is not known" in caplog.text
 
 
 def trial(run: Run, minutes: float, gpu_frac: float = 0.0) -> TrialPlan:

@@ -108,6 +108,13 @@ def test_without_corpus_and_tokens_text_is_refused_and_the_tokenizer_is_still_th
     assert hrs("generate", run, *words) == text
 
 
+def test_a_run_goes_on_when_its_corpus_lies_elsewhere(corpus: Path, tmp_path: Path) -> None:
+    storage = Storage(corpus.parent / "storage")
+    shutil.copy(corpus, tmp_path / "corpus.jsonl")
+    config = experiment("dense_baseline", "micro", 0, CHANGES | {"data.corpus": f"jsonl:{tmp_path / 'corpus.jsonl'}"})
+    assert list(train(config, open_tokens(config.data, storage.tokens), storage.run(RUN))) == [], "it is complete"
+
+
 def test_tokens_that_were_lost_are_built_again_from_the_unchanged_corpus(corpus: Path) -> None:
     score = bits(hrs("evaluate", run_of(corpus)))
     shutil.rmtree(corpus.parent / "storage" / "tokens")

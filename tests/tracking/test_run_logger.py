@@ -168,6 +168,17 @@ def test_what_a_dead_store_did_not_take_is_kept_and_logged_at_the_next_start(
     assert not kept.exists()
 
 
+def test_a_half_written_line_of_what_was_kept_does_not_make_the_run_unopenable(
+    tracker: Tracker, open_run: OpenRun, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = storage.run("k0") / "unlogged_metrics.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('["train_loss", 1.5, 1000, 0]\n["train_loss"]\n["train_loss", 2.5, 2000, 1]\n["train_lo')
+    open_run().finish("finished")
+    assert only_record(tracker).history["train_loss"] == [(0, 1.5), (1, 2.5)]
+    assert f"2 lines of {kept} are damaged and left out" in caplog.text
+
+
 def test_a_batch_whose_answer_got_lost_is_stored_once_when_sent_again(tracker: Tracker, open_run: OpenRun) -> None:
     run = open_run()
     for step in range(5):

@@ -12,7 +12,7 @@ document that the window touches. What a neighbour gives are its own slots and t
 
 import dataclasses
 import hashlib
-import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hrs import strict_json
 from hrs.config import ExperimentConfig, RetrievalConfig, canonical_json
 from hrs.data import TokenStore
 from hrs.data.documents import SPLITS
 from hrs.errors import HRSError
-from hrs.files import built_once, whole_folder
+from hrs.files import built_once, read_manifest, whole_folder, write_manifest
 from hrs.models import LanguageModel
 from hrs.retrieval.bank.base import base_of, slots_per_chunk
 from hrs.retrieval.bank.chunks import Chunks, cut, encode_chunks
 from hrs.retrieval.bank.keys import engram_similarities, nearest, word_similarities
 
+_log = logging.getLogger(__name__)
+
+MANIFEST = "bank.json"
 SPARE = 4
 """Neighbours that are known beyond those that are read: a window may lie in documents that some of them come from."""
 
@@ -151,8 +153,7 @@ def _build(base: LanguageModel, store: TokenStore, config: RetrievalConfig, per_
             own = documents if name == "train" else None
             found = nearest(similarities[name], len(chunks[name]), documents, config.neighbours + SPARE, own)
             np.save(building / f"{name}.found.npy", found)
-        sizes = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
-        (building / "bank.json").write_text(strict_json.dumps({"files": sizes}), encoding="utf-8")
+        write_manifest(building / MANIFEST, {})
 
 
 def _encode(
@@ -183,16 +184,17 @@ def _encode(
 
 
 def _open(folder: Path, store: TokenStore, base: LanguageModel, config: RetrievalConfig) -> MemoryBank | None:
-    """The bank in a folder; None if a file is missing or cut off."""
+    """The bank in a folder; None if there is none, or if it is damaged, which is logged."""
+    if not folder.exists():
+        return None
     try:
-        files = json.loads((folder / "bank.json").read_text(encoding="utf-8"))["files"]
-        if any((folder / name).stat().st_size != size for name, size in files.items()):
-            return None
+        read_manifest(folder / MANIFEST)
         slots = np.load(folder / "train.slots.npy", mmap_mode="r")
         found: dict[str, NDArray[np.int32]] = {
             name: np.load(folder / f"{name}.found.npy", mmap_mode="r") for name in SPLITS
         }
-    except (OSError, KeyError, ValueError):
+    except (OSError, ValueError, HRSError) as error:
+        _log.warning("memory bank %s is damaged: %s", folder, error)
         return None
     return MemoryBank(
         store=store,

@@ -304,7 +304,12 @@ def test_a_bank_is_built_once_and_again_if_it_is_damaged(base: Path, small_store
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
     (folder / "train.slots.npy").write_bytes(b"cut off")
     third = open_bank(config_for(base), small_store, base, tmp_path)
-    for bank in (again, third):
+    flipped = bytearray((folder / "train.found.npy").read_bytes())
+    flipped[-1] ^= 1
+    (folder / "train.found.npy").unlink()  # the third bank maps it
+    (folder / "train.found.npy").write_bytes(flipped)
+    fourth = open_bank(config_for(base), small_store, base, tmp_path)
+    for bank in (again, third, fourth):
         assert np.array_equal(bank.found["train"], first.found["train"])
     assert first.found["train"].shape[1] == K + SPARE
     open_bank(config_for(base, values="states"), small_store, base, tmp_path)
