@@ -333,6 +333,19 @@ def promote(
 
 
 @app.command()
+def verify() -> None:
+    """Read everything in the storage and name what is damaged; status 1 if something is."""
+    from hrs.storage import open_storage
+    from hrs.verify import format_findings
+    from hrs.verify import verify as run_verification
+
+    storage = open_storage()
+    findings = list(run_verification(storage))
+    print(format_findings(findings, storage))
+    raise typer.Exit(1 if any(finding.problem for finding in findings) else 0)
+
+
+@app.command()
 def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
     """Show every run in MLflow's browser interface, until Ctrl-C."""
     from hrs.storage import open_storage

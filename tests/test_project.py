@@ -21,7 +21,7 @@ from hrs.cluster.hardware import announced_nodes
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-LAUNCHER_ONLY = {"hrs.cli", "hrs.cluster", "hrs.queue", "hrs.tracking"}
+LAUNCHER_ONLY = {"hrs.cli", "hrs.cluster", "hrs.queue", "hrs.tracking", "hrs.verify"}
 """The rooms below hrs/ that may know Ray or MLflow."""
 
 

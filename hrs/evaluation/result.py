@@ -107,12 +107,15 @@ class Evaluation:
         """Read what :meth:`save` wrote, now or before it knew of experts, projections and topics.
 
         Raises:
-            HRSError: if a file is missing or unreadable.
+            HRSError: naming the file that is missing or unreadable.
         """
+        file = directory / _NUMBERS
         try:
-            numbers: dict[str, Any] = json.loads((directory / _NUMBERS).read_text(encoding="utf-8"))
-            documents = pa.ipc.open_file(pa.memory_map(str(directory / _DOCUMENTS))).read_all()
+            numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            file = directory / _DOCUMENTS
+            documents = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+            file = directory / _NUMBERS
             numbers["loss_by_position"] = np.asarray(numbers["loss_by_position"], dtype=np.float64)
             return cls(**numbers, documents=documents)
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise HRSError(f"evaluation in {directory} cannot be read ({error}): evaluate the run again") from error
+            raise HRSError(f"evaluation {file} cannot be read ({error}): evaluate the run again") from error

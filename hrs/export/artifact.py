@@ -170,6 +170,11 @@ def load_artifact(path: Path) -> Artifact:
     return Artifact(model.eval(), config, tokenizer, header)
 
 
+def check_artifact(path: Path) -> None:
+    """Raises HRSError if a file is no artifact, is damaged or of a newer format. Builds no model."""
+    _read(path)
+
+
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     """Header and all blocks of a file whose checksum holds."""
     if not path.is_file():

@@ -111,7 +111,7 @@ class Manifold:
                     "delete that folder to compute it again"
                 )
             if sha256_of(folder / TENSORS) != document["sha256"]:
-                raise ValueError("checksum")
+                raise ValueError(f"{TENSORS} has another checksum")
             arrays = load_file(folder / TENSORS)
             manifold = cls(
                 **{name: arrays[name] for name in _ARRAYS}, converged=document["converged"], digest=document["digest"]

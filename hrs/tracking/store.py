@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "hrs"
+_TABLES = {"experiments", "alembic_version"}
+"""Of MLflow, by which its databases are known."""
 _REACH_TIMEOUT_SECONDS = 5
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -61,6 +63,28 @@ def store_lock(storage: Storage) -> FileLock:
     folder = storage.root / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "tracking.lock", timeout=300)
+
+
+def check_database(path: Path) -> None:
+    """Read all of an SQLite file and check it; SQLite writes nothing meanwhile.
+
+    Raises:
+        HRSError: if it cannot be opened, is damaged or, as the tracking store, of something else.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            problems = [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
+            tables = _tables(database)
+    except sqlite3.DatabaseError as error:
+        raise HRSError(f"{path} cannot be read as SQLite ({error})") from error
+    if problems:
+        raise HRSError(f"{path} is damaged: {'; '.join(problems[:3])}")
+    if path.name == "mlflow.db" and not tables >= _TABLES:
+        raise HRSError(f"{path} is no tracking store: it has no table {', '.join(sorted(_TABLES - tables))}")
+
+
+def _tables(database: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
 def ui_command(storage: Storage, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
@@ -110,10 +134,10 @@ def _require_sqlite(path: Path, storage: Storage) -> None:
         _create_sqlite(path, storage)
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            tables = _tables(database)
     except sqlite3.DatabaseError as error:
         raise HRSError(f"tracking store {path} cannot be read as SQLite ({error}): move that file away") from error
-    if not {"experiments", "alembic_version"} <= tables:
+    if not tables >= _TABLES:
         raise HRSError(f"tracking store {path} is a database of something else: name another MLFLOW_TRACKING_URI")
 
 

@@ -131,6 +131,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         HRSError: if it is missing, incomplete, damaged, or of a newer format.
     """
+    state, names = _verified(path)
+    tensors = {name: load_file(path / name) for name in names}
+    return Checkpoint(path, tensors[WEIGHTS], tensors[TRAINER], state, tensors.get(AVERAGES, {}), tensors.get(KEPT, {}))
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """Verify one checkpoint directory without reading its tensors into memory; its state.
+
+    Raises:
+        HRSError: see :func:`read_checkpoint`.
+    """
+    return _verified(path)[0]
+
+
+def _verified(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """State and names of the files of a checkpoint, all of which are what was written."""
     try:
         document = json.loads((path / STATE).read_text(encoding="utf-8"))
         written, state, sums = document["format"], document["state"], document["sha256"]
@@ -146,8 +162,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name in names:
         if not (path / name).is_file() or sha256_of(path / name) != sums.get(name):
             raise HRSError(f"checkpoint {path} is damaged: {name} is missing or not what was written")
-    tensors = {name: load_file(path / name) for name in names}
-    return Checkpoint(path, tensors[WEIGHTS], tensors[TRAINER], state, tensors.get(AVERAGES, {}), tensors.get(KEPT, {}))
+    return state, names
 
 
 def read_latest(directory: Path) -> Checkpoint | None:
