@@ -264,6 +264,10 @@ def serve(
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Let other machines use the endpoint without an API key.")
     ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Another name it is asked under, such as that of a proxy."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default its preset.")] = None,
     slots: Annotated[int, typer.Option(help="Texts a replica continues at the same time.")] = 8,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait for a slot of a replica.")] = 64,
@@ -295,6 +299,7 @@ def serve(
         "memories": memories and str(memories.absolute()),
         "api_key_file": api_key_file and str(api_key_file.absolute()),
         "grace_seconds": grace,
+        "allowed_hosts": allow_host or [],
     }
     serve_model(parse_settings(values), host, port, allow_anonymous=allow_anonymous)
 
