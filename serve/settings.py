@@ -15,7 +15,7 @@ MOST_OTHERS = 64
 class Settings(BaseModel):
     """One endpoint. Unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str
     """A run's directory, one of its checkpoints, an artifact, or ``mlflow:NAME@ALIAS``."""
@@ -25,7 +25,7 @@ class Settings(BaseModel):
     """Storage root; ``$HRS_STORAGE`` or the default if not given. Replicas on other machines need the same folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` is the GPU that a replica reserved (``gpus_per_replica``), and the CPU if it reserved none."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=4096)
     """CPU threads of torch in each replica."""
 
     slots: int = Field(8, ge=1)

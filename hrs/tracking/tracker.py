@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from hrs.identity import code_version
 from hrs.storage import Storage
 from hrs.tracking.crash import why_it_ended
 from hrs.tracking.logger import Outcome, RunLogger, close_run, storable
+from hrs.tracking.names import require_study_name
 from hrs.tracking.owner import is_alive, this_process
 from hrs.tracking.reading import missing_record, read_record, status_of
 from hrs.tracking.store import connect, store_lock
@@ -385,8 +385,7 @@ def _as_tag(commands: list[str]) -> str:
 
 def _of_study(name: str) -> str:
     """The search filter for the runs of a study."""
-    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
-        raise HRSError(f"study name {name!r} must be at most 100 letters, digits, '_', '.', '+' or '-'")
+    require_study_name(name)
     return f"tags.`hrs.study` = '{name}'"
 
 
