@@ -54,17 +54,18 @@ class Storage:
             )
 
 
-def open_storage(root: str | Path | None = None) -> Storage:
+def open_storage(root: str | Path | None = None, *, writable: bool = True) -> Storage:
     """The storage at ``root``, else ``$HRS_STORAGE``, else ``~/.local/share/hrs``; created if missing.
+
+    With ``writable=False``, for what only reads, nothing is created and a read-only disk will do.
 
     Raises:
         HRSError: if the folder cannot be created or written to.
     """
     chosen = root or os.environ.get("HRS_STORAGE") or Path.home() / ".local" / "share" / "hrs"
-    try:
-        path = Path(chosen).expanduser().resolve()
-    except RuntimeError as error:  # ~NAME of nobody, or a circle of links
-        raise HRSError(f"storage {chosen} cannot be found ({error}): set HRS_STORAGE to a writable folder") from error
+    path = Path(chosen).expanduser().resolve()
+    if not writable:
+        return Storage(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

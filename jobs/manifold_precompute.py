@@ -28,7 +28,6 @@ from hrs.presets import experiment
 from hrs.storage import open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
-from jobs.options import Parser
 
 STUDY = "manifolds"
 """Under which geometries are tracked, one run for each."""
@@ -36,7 +35,9 @@ STUDY = "manifolds"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = Parser(prog="jobs/manifold_precompute.py", description="Compute the geometry of tokens of a corpus.")
+    parser = argparse.ArgumentParser(
+        prog="jobs/manifold_precompute.py", description="Compute the geometry of tokens of a corpus."
+    )
     parser.add_argument(
         "--preset", default="manifold_v18", help="whose geometry: clean, or the original's (default manifold_v18)"
     )

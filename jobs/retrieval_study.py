@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.hardware import Hardware
-from hrs.cluster.plan import Plan, format_plan, plan_runs
+from hrs.cluster.plan import Plan, format_plan, note_refused, plan_runs
 from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.progress import Pace
 from hrs.cluster.study import Run, Study
@@ -41,7 +41,6 @@ from hrs.tracking import Tracker
 from hrs.training import Progress, Runtime, load_model, train
 from jobs import ablation_sweep
 from jobs.entry import run_entry
-from jobs.options import Parser, whole
 
 BASE = "dense_baseline"
 VARIANTS = ("dense_retrieved", "dense_retrieved_shuffled", "dense_retrieved_none")
@@ -56,12 +55,8 @@ OWN_SPLIT = "validation"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = Parser(prog="jobs/retrieval_study.py", description="What is a retrieved memory worth?")
-    parser.add_argument(
-        "--steps",
-        type=whole(1),
-        help="steps with memories, after the baseline's (default: as many)",
-    )
+    parser = argparse.ArgumentParser(prog="jobs/retrieval_study.py", description="What is a retrieved memory worth?")
+    parser.add_argument("--steps", type=int, help="steps with memories, after the baseline's (default: as many)")
     parser.add_argument(
         "--split", choices=(OWN_SPLIT, "test"), default=OWN_SPLIT, help=f"to score on (default {OWN_SPLIT})"
     )
@@ -78,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bases, storage = ablation_sweep.study_of(ablation_sweep.parse(sweep)).runs(), open_storage()
     name = Study(title=TITLE, presets=VARIANTS, scale=options.scale, seeds=(0,), overrides=own).name
     # What cannot be composed had better fail now than after the baselines.
-    some_base = {f"training.retrieval.{name}": "0" * 16 for name in ("base", "fingerprint")}
-    Study(title=TITLE, presets=VARIANTS, scale=options.scale, seeds=(0,), overrides=own | some_base).runs()
+    Study(title=TITLE, presets=VARIANTS, scale=options.scale, seeds=(0,), overrides=own).runs()
     tracker = Tracker(storage)
     if options.dry_run:
         ablation_sweep.main(sweep)
@@ -97,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     preflight(storage)
     study_id = tracker.open_study(name, {run.key: run.config for run in runs})
+    note_refused(plan, study_id, tracker)
     run_and_measure(bases, plan, options.split, study_id, storage, runtime)
     tracker.reap(name)
     finished = tracker.finished([run.key for run in runs])

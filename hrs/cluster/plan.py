@@ -1,5 +1,6 @@
 """Before anything starts: what each run needs, what is done, what runs beside what, and how long it all takes."""
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,7 @@ from hrs.cluster.timing import Timing, time_on_cpu, time_on_gpu
 from hrs.errors import HRSError
 from hrs.models import count_parameters
 from hrs.storage import Storage
+from hrs.tracking import Tracker
 from hrs.training import Runtime
 from hrs.training.memory import MemoryPlan, card_fraction, fit_micro_batch
 
@@ -64,6 +66,8 @@ class Plan:
 
     hardware: Hardware
     trials: tuple[TrialPlan, ...]
+    refused: tuple[tuple[Run, str], ...] = ()
+    """Runs that fit nowhere, and why; they are not among the trials."""
 
     @property
     def missing(self) -> tuple[TrialPlan, ...]:
@@ -85,23 +89,36 @@ def plan_runs(
     *,
     copies: int = 1,
 ) -> Plan:
-    """Fit every run to the hardware and simulate the queue.
+    """Fit every run to the hardware and simulate the queue. A run that fits nowhere is refused and stops no other.
 
     Args:
         runtime: with device ``cpu`` the GPUs are left alone.
         copies: how many runs like each of these will wait in the queue, in a search.
 
     Raises:
-        HRSError: if a model fits no GPU at micro-batch 1, or the disk is too full for the checkpoints.
+        HRSError: if nothing that is left to run fits at micro-batch 1, or the disk is too full for the checkpoints.
     """
     if runtime.device == "cpu":
         hardware = replace(hardware, nodes=())
     states = {run.key: _state(run, finished, storage) for run in runs}
+    refused: dict[str, str] = {}
     fitted = _on_gpus if hardware.nodes else _on_cpu
-    trials = fitted(runs, states, hardware, storage, runtime, copies)
+    trials = fitted(runs, states, hardware, storage, runtime, copies, refused)
+    if refused and not any(t.state != "finished" for t in trials):
+        raise HRSError(next(iter(refused.values())))
     heaviest = max((count_parameters(t.run.config.model) for t in trials if t.state != "finished"), default=0)
     storage.require_free(heaviest * _GENERATED_BYTES_PER_PARAMETER * max(1, len(trials)))
-    return Plan(hardware=hardware, trials=tuple(_place(trials, hardware)))
+    return Plan(
+        hardware=hardware,
+        trials=tuple(_place(trials, hardware)),
+        refused=tuple((run, refused[run.key]) for run in runs if run.key in refused),
+    )
+
+
+def note_refused(plan: Plan, study_id: str, tracker: Tracker) -> None:
+    """Record the runs that fit nowhere as failed, so that the table says why they are missing."""
+    for run, reason in plan.refused:
+        tracker.note_end(run.key, study_id, run.config, run.data_fingerprint, "failed", reason)
 
 
 def _state(run: Run, finished: Collection[str], storage: Storage) -> State:
@@ -120,11 +137,17 @@ def _on_cpu(
     storage: Storage,
     runtime: Runtime,
     copies: int,
+    refused: dict[str, str],
 ) -> list[TrialPlan]:
-    limit = psutil.virtual_memory().available // max(1, hardware.cpus)
+    free = psutil.virtual_memory().available // max(1, hardware.cpus)
     trials = []
     for run in runs:
-        memory = fit_micro_batch(run.config, limit, replace(runtime, device="cpu"))
+        limit = free if states[run.key] != "finished" else sys.maxsize  # what is done need not fit any more
+        try:
+            memory = fit_micro_batch(run.config, limit, replace(runtime, device="cpu"))
+        except HRSError as error:
+            refused[run.key] = str(error)
+            continue
         timing = time_on_cpu(run.config, memory.micro_batch, runtime, storage)
         trials.append(_trial(run, states[run.key], memory, timing, cpus=min(1.0, hardware.cpus)))
     return trials
@@ -157,13 +180,20 @@ def _on_gpus(
     storage: Storage,
     runtime: Runtime,
     copies: int,
+    refused: dict[str, str],
 ) -> list[TrialPlan]:
     """Fit every run to each pool, choose one, and reserve a share of a GPU there.
 
     The share is of the memory that is free, so what other programs use is left to them.
     """
     pools = hardware.pools
-    options = {run.key: _fit_pools(run, states[run.key], pools, storage, runtime) for run in runs}
+    options: dict[str, dict[int, TrialPlan]] = {}
+    for run in runs:
+        try:
+            options[run.key] = _fit_pools(run, states[run.key], pools, storage, runtime)
+        except HRSError as error:
+            refused[run.key] = str(error)
+    runs = [run for run in runs if run.key in options]
     missing = [run.key for run in runs if states[run.key] != "finished"]
     chosen = choose_pools(
         {key: {i: _job(t) for i, t in options[key].items()} for key in missing},
@@ -190,8 +220,9 @@ def _fit_pools(
     fitting = {}
     refusal: HRSError | None = None
     for i, pool in enumerate(pools):  # the most memory first
+        limit = pool.limit_bytes if state != "finished" else sys.maxsize  # what is done need not fit any more
         try:
-            memory = fit_micro_batch(run.config, pool.limit_bytes, replace(runtime, device="cuda"))
+            memory = fit_micro_batch(run.config, limit, replace(runtime, device="cuda"))
         except HRSError as error:
             refusal = refusal or error
             continue
@@ -291,6 +322,7 @@ def format_plan(plan: Plan) -> str:
     rows = [_plan_row(t, plan.hardware) for t in plan.trials]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    lines += [f"{run.label}  left out: {reason}" for run, reason in plan.refused]
     done = len(plan.trials) - len(plan.missing)
     lanes = lane_count(plan.missing, plan.hardware)
     left = format_seconds(60 * plan.makespan_minutes)

@@ -1,25 +1,29 @@
 """The tracking store: one SQLite file below the storage root, or the MLflow server that MLFLOW_TRACKING_URI names."""
 
+import contextlib
+import functools
 import logging
 import os
 import sqlite3
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from hrs.errors import HRSError
 from hrs.storage import Storage
+from hrs.tracking.history import EXPERIMENT, ClientHistory, History, SqliteHistory
+from hrs.tracking.patience import LOCK_SECONDS, PatientClient, is_full, patiently
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "hrs"
 _TABLES = {"experiments", "alembic_version"}
 """Of MLflow, by which its databases are known."""
 _REACH_TIMEOUT_SECONDS = 5
@@ -42,27 +46,66 @@ def connect(storage: Storage) -> tuple["MlflowClient", str]:
     Raises:
         HRSError: if the store is not one, belongs to something else, is half-made or cannot be reached.
     """
+    path = _sqlite_path(storage)
+    if path is None:
+        _require_server(storage.tracking_uri)
+    _import_mlflow()
+    if path is not None:
+        if _is_missing(path):
+            _create_sqlite(path, storage)
+        _require_whole(path)
+    return _experiment(storage.tracking_uri, storage)
+
+
+def _sqlite_path(storage: Storage) -> Path | None:
+    """Return the SQLite file that the tracking URI names; None for a server."""
     uri = storage.tracking_uri
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
-        _require_server(uri)
-        _import_mlflow()
-    elif scheme == "sqlite" and uri.startswith("sqlite:////"):
-        _import_mlflow()
-        _require_sqlite(Path(uri.removeprefix("sqlite:///")), storage)
-    else:
-        raise HRSError(
-            f"tracking store '{uri}' is not supported: set MLFLOW_TRACKING_URI to http://HOST:PORT or "
-            "sqlite:////ABSOLUTE/PATH.db, or unset it"
-        )
-    return _experiment(uri, storage)
+        return None
+    if scheme == "sqlite" and uri.startswith("sqlite:////"):
+        return Path(uri.removeprefix("sqlite:///"))
+    raise HRSError(
+        f"tracking store '{uri}' is not supported: set MLFLOW_TRACKING_URI to http://HOST:PORT or "
+        "sqlite:////ABSOLUTE/PATH.db, or unset it"
+    )
 
 
-def store_lock(storage: Storage) -> FileLock:
-    """Held while a store, a study or a run is looked up and made, so that none is made twice."""
+def open_history(storage: Storage) -> History:
+    """Return the tracking store for reading, which makes nothing and, on a SQLite file, needs no MLflow.
+
+    Raises:
+        HRSError: if the store is not one, belongs to something else, is half-made or cannot be reached.
+    """
+    if (path := _sqlite_path(storage)) is None:
+        _require_server(storage.tracking_uri)
+        return ClientHistory(functools.cache(lambda: connect(storage)))
+    if not _is_missing(path):
+        _require_whole(path)
+    return SqliteHistory(path, storage.artifacts)
+
+
+@contextlib.contextmanager
+def store_lock(storage: Storage) -> Iterator[None]:
+    """Hold the lock under which a store, a study or a run is looked up and made, so that none is made twice.
+
+    Raises:
+        HRSError: if another process holds it for ``LOCK_SECONDS``.
+    """
     folder = storage.root / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "tracking.lock", timeout=300)
+    lock = FileLock(folder / "tracking.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise HRSError(
+            f"{lock.lock_file} has been held by another process for {LOCK_SECONDS:.0f} s: end that process (`fuser` on "
+            "the file names it) and run the same command again"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_database(path: Path) -> None:
@@ -101,6 +144,14 @@ def ui_command(storage: Storage, host: str = "127.0.0.1", port: int = 5000) -> l
     return ["env", *lean, *server, "--backend-store-uri", uri, "--artifacts-destination", str(storage.artifacts)]
 
 
+def _remedy(error: Exception) -> str:
+    if is_full(error):
+        return "make room on its disk, then run the same command again"
+    if "readonly database" in str(error) or "unable to open" in str(error):
+        return "make the file and its folder writable for this user"
+    return "if it is older run 'mlflow db upgrade' on it, if it is half-made move it away"
+
+
 def _import_mlflow() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -129,16 +180,28 @@ def _require_server(uri: str) -> None:
         ) from error
 
 
-def _require_sqlite(path: Path, storage: Storage) -> None:
-    if _is_missing(path):
-        _create_sqlite(path, storage)
-    try:
+def _require_whole(path: Path) -> None:
+    """Refuse a file that is no tracking store, and wait for one that is only locked."""
+
+    def table_names() -> set[str]:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            tables = _tables(database)
+            return _tables(database)
+
+    try:
+        tables = patiently(table_names, str(path))
+    except sqlite3.OperationalError as error:  # of the file or its disk; what is in the file may be whole
+        raise HRSError(f"tracking store {path} cannot be read ({error}): check its permissions and its disk") from error
     except sqlite3.DatabaseError as error:
-        raise HRSError(f"tracking store {path} cannot be read as SQLite ({error}): move that file away") from error
+        raise HRSError(
+            f"tracking store {path} cannot be read as SQLite ({error}): put a copy of it back, or move it away to "
+            "begin without a history"
+        ) from error
     if not tables >= _TABLES:
         raise HRSError(f"tracking store {path} is a database of something else: name another MLFLOW_TRACKING_URI")
+    if missing := {"runs", "tags", "metrics", "latest_metrics"} - tables:
+        raise HRSError(
+            f"tracking store {path} cannot be used (it has no table {min(missing)}): it is half-made, move it away"
+        )
 
 
 def _is_missing(path: Path) -> bool:
@@ -169,7 +232,7 @@ def _experiment(uri: str, storage: Storage) -> tuple["MlflowClient", str]:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        client = MlflowClient(uri)
+        client = cast(MlflowClient, PatientClient(MlflowClient(uri), uri))
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
             with store_lock(storage):
@@ -179,10 +242,7 @@ def _experiment(uri: str, storage: Storage) -> tuple["MlflowClient", str]:
                     return client, client.create_experiment(EXPERIMENT, artifact_location=location)
     except (MlflowException, SQLAlchemyError, CommandError) as error:
         cause = " ".join(str(error).split())[:200]
-        raise HRSError(
-            f"tracking store {uri} cannot be used ({cause}): if it is half-made move it away, "
-            "if it is older run 'mlflow db upgrade' on it"
-        ) from error
+        raise HRSError(f"tracking store {uri} cannot be used ({cause}): {_remedy(error)}") from error
     if found.lifecycle_stage != "active":
         raise HRSError(f"experiment '{EXPERIMENT}' is deleted in {uri}: restore it with 'mlflow experiments restore'")
     return client, found.experiment_id

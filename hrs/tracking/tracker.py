@@ -5,10 +5,10 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,14 @@ from hrs.errors import HRSError
 from hrs.identity import code_version
 from hrs.storage import Storage
 from hrs.tracking.crash import why_it_ended
+from hrs.tracking.history import Tracked
 from hrs.tracking.logger import Outcome, RunLogger, close_run, storable
-from hrs.tracking.names import require_study_name
 from hrs.tracking.owner import is_alive, this_process
 from hrs.tracking.reading import missing_record, read_record, status_of
-from hrs.tracking.store import connect, store_lock
+from hrs.tracking.store import connect, open_history, store_lock
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Run
 
     from hrs.report.records import RunRecord, Status
@@ -42,7 +43,7 @@ class RunBusy(HRSError):
 
 
 class Tracker:
-    """The tracking store of one storage root.
+    """The tracking store of one storage root. What only reads makes no store, writes nothing and needs no MLflow.
 
     Raises:
         HRSError: if the store cannot be used or reached.
@@ -50,7 +51,23 @@ class Tracker:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._client, self._experiment_id = connect(storage)
+        self._history = open_history(storage)
+
+    def connect(self) -> None:
+        """Make the store if there is none yet.
+
+        Raises:
+            HRSError: if it cannot be made or written.
+        """
+        assert self._connection
+
+    @functools.cached_property
+    def _connection(self) -> tuple["MlflowClient", str]:
+        return connect(self._storage)
+
+    @property
+    def _client(self) -> "MlflowClient":
+        return self._connection[0]
 
     # ---- studies -----------------------------------------------------------------------------------------------------
 
@@ -72,14 +89,16 @@ class Tracker:
             samples: what a search drew for the runs, by key.
             command: what a reader types to make these runs again; kept with the study, once.
         """
+        _require_name(name)
         made = {key: _entry(config, (samples or {}).get(key, {})) for key, config in runs.items()}
+        self.connect()  # before the lock, which making a store takes too
         with store_lock(self._storage):
             study, planned, commands = self._study(name), {}, []
             if study is None:
                 tags = {"hrs.kind": "study", "hrs.study": name}
-                study_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
+                study_id = self._client.create_run(self._connection[1], tags=tags, run_name=name).info.run_id
             else:
-                study_id, planned, commands = study.info.run_id, self._planned(study), _commands(study)
+                study_id, planned, commands = study.run_id, self._planned(study), _commands(study)
             planned = {key: entry for key, entry in planned.items() if key in made or entry not in made.values()}
             tags = {"hrs.code_version": code_version()}
             if command and command not in commands:
@@ -101,7 +120,7 @@ class Tracker:
 
     def studies(self) -> list[str]:
         """Names of all studies, the oldest first."""
-        return [run.data.tags["hrs.study"] for run in self._search("tags.`hrs.kind` = 'study'")]
+        return [run.tags["hrs.study"] for run in self._history.by_tag("hrs.kind", ["study"])]
 
     def study_keys(self, name: str) -> list[str]:
         """Return the keys of the runs that :meth:`study_records` gives.
@@ -188,8 +207,7 @@ class Tracker:
         run = self._find(key)
         if run is None:
             raise HRSError(f"there is no run {key}: train it first")
-        run_id: str = run.info.run_id
-        return run_id
+        return run.run_id
 
     def open_run(
         self, key: str, study_id: str, config: ExperimentConfig, data_fingerprint: str, *, system_metrics: bool = False
@@ -202,13 +220,16 @@ class Tracker:
         Raises:
             RunBusy: if another living process is writing this run.
         """
+        self.connect()
         with store_lock(self._storage):
-            run = self._find(key)
-            if run is None:
+            found = self._find(key)
+            if found is None:
                 study = self._client.get_run(study_id).data.tags["hrs.study"]
                 run = self._create_run(key, study_id, study, config, data_fingerprint)
-            elif status_of(run) == "running" and _has_living_owner(run, other_than_this=True):
-                raise RunBusy(f"run {key} is being written by process {run.data.tags['hrs.owner']}: wait until it ends")
+            elif status_of(found) == "running" and _has_living_owner(found, other_than_this=True):
+                raise RunBusy(f"run {key} is being written by process {found.tags['hrs.owner']}: wait until it ends")
+            else:
+                run = self._client.get_run(found.run_id)
             self._claim(run.info.run_id, {})
         self._log_params(run, config)
         monitor = self._start_monitor(run.info.run_id) if system_metrics else None
@@ -238,58 +259,63 @@ class Tracker:
     def last_value(self, key: str, metric: str) -> float:
         """Return the value of a metric at its last step; NaN if there is none, or no run of ``key``."""
         run = self._find(key)
-        return float(run.data.metrics.get(metric, math.nan)) if run is not None else math.nan
+        return run.metrics.get(metric, math.nan) if run is not None else math.nan
 
     def statuses(self, keys: Iterable[str]) -> "dict[str, Status]":
         """How each run stands, whichever study made it; ``missing`` if none did."""
-        return {key: status_of(self._find(key)) for key in keys}
+        keys = list(keys)
+        found = self._find_all(keys)
+        return {key: status_of(found.get(key)) for key in keys}
 
     def finished(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys whose run is finished, whichever study made it."""
         return {key for key, status in self.statuses(keys).items() if status == "finished"}
 
     def records(self, keys: Iterable[str], with_history: bool = True) -> "list[RunRecord]":
-        """One record per key, in order. ``with_history=False`` leaves out the curves, which cost a query per metric."""
-        found = {key: self._find(key) for key in keys}
+        """One record per key, in order; ``with_history=False`` leaves out the curves."""
+        keys = list(keys)
+        found = self._find_all(keys)
+        curves = self._history.curves(list(found.values())) if with_history else {}
         return [
-            missing_record(key) if run is None else read_record(self._client, run, with_history)
-            for key, run in found.items()
+            read_record(self._history, found[key], curves.get(found[key].run_id, {}))
+            if key in found
+            else missing_record(key)
+            for key in keys
         ]
 
     def reap(self, study: str | None = None) -> list[str]:
         """Close, as killed, what dead processes left running, in one study or everywhere; returns the runs' names."""
-        filters = ["attributes.status = 'RUNNING'"] + ([_of_study(study)] if study else [])
         closed = []
+        self.connect()
         with store_lock(self._storage):
-            for run in self._search(" and ".join(filters)):
-                if _has_living_owner(run) or self._client.get_run(run.info.run_id).info.status != "RUNNING":
-                    continue  # the second look: it may have finished between the search and its end
-                owner = run.data.tags.get("hrs.owner", "unknown")
-                directory = self._storage.run(run.data.tags.get("hrs.run_key", ""))
-                close_run(self._client, run.info.run_id, "killed", why_it_ended(directory, owner))
-                closed.append(run.info.run_name)
+            for run in self._history.running():
+                if study not in (None, run.tags.get("hrs.study")) or _has_living_owner(run):
+                    continue
+                if self._client.get_run(run.run_id).info.status != "RUNNING":
+                    continue  # it has finished since the search
+                directory = self._storage.run(run.tags.get("hrs.run_key", ""))
+                reason = why_it_ended(directory, run.tags.get("hrs.owner", "unknown"))
+                close_run(self._client, run.run_id, "killed", reason)
+                closed.append(run.name)
         return closed
 
     # ---- the store ---------------------------------------------------------------------------------------------------
 
-    def _search(self, filter_string: str) -> Iterator["Run"]:
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment_id], filter_string, order_by=["attributes.start_time ASC"], page_token=token
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+    def _find(self, key: str) -> Tracked | None:
+        return self._find_all([key]).get(key)
 
-    def _find(self, key: str) -> "Run | None":
-        return next(self._search(f"tags.`hrs.run_key` = '{key}'"), None)
+    def _find_all(self, keys: Sequence[str]) -> dict[str, Tracked]:
+        """Return the runs of those keys that have one; of several the oldest."""
+        found: dict[str, Tracked] = {}
+        for run in self._history.by_tag("hrs.run_key", keys):
+            found.setdefault(run.tags["hrs.run_key"], run)
+        return found
 
-    def _study(self, name: str) -> "Run | None":
-        return next(self._search(f"tags.`hrs.kind` = 'study' and {_of_study(name)}"), None)
+    def _study(self, name: str) -> Tracked | None:
+        runs = self._history.by_tag("hrs.kind", ["study"])
+        return next((run for run in runs if run.tags.get("hrs.study") == name), None)
 
-    def _require_study(self, name: str) -> "Run":
+    def _require_study(self, name: str) -> Tracked:
         study = self._study(name)
         if study is None:
             raise HRSError(f"there is no study '{name}'; there are {', '.join(self.studies()) or 'none yet'}")
@@ -300,13 +326,18 @@ class Tracker:
         study = self._require_study(name)
         planned = self._planned(study)
         versions = dict.fromkeys(entry.get("code_version", "") for entry in planned.values())
-        if (newest := study.data.tags.get("hrs.code_version", "")) in versions:
+        if (newest := study.tags.get("hrs.code_version", "")) in versions:
             versions[newest] = versions.pop(newest)
         return planned, list(versions)
 
-    def _planned(self, study: "Run") -> dict[str, dict[str, Any]]:
-        with tempfile.TemporaryDirectory() as folder:
-            return json.loads(Path(self._client.download_artifacts(study.info.run_id, _RUNS_FILE, folder)).read_text())
+    def _planned(self, study: Tracked) -> dict[str, dict[str, Any]]:
+        files = self._history.files(study, [_RUNS_FILE])
+        if _RUNS_FILE not in files:
+            raise HRSError(
+                f"the list of study '{study.name}' is not at {study.artifact_uri}: mount or copy its artifacts there"
+            )
+        planned: dict[str, dict[str, Any]] = json.loads(files[_RUNS_FILE])
+        return planned
 
     def _create_run(
         self, key: str, study_id: str, study: str, config: ExperimentConfig, data_fingerprint: str
@@ -323,7 +354,7 @@ class Tracker:
             "seed": str(config.seed),
         } | _git_commit()
         name = f"{config.preset} {config.scale} seed {config.seed}"
-        run = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+        run = self._client.create_run(self._connection[1], tags=tags, run_name=name)
         self._client.log_dict(run.info.run_id, to_dict(config), "config.json")
         return run
 
@@ -372,8 +403,8 @@ def _of_version(
     return [key for key, entry in planned.items() if entry.get("code_version", "") == wanted]
 
 
-def _commands(study: "Run") -> list[str]:
-    return list(json.loads(study.data.tags.get(_COMMANDS_TAG, "[]")))
+def _commands(study: Tracked) -> list[str]:
+    return list(json.loads(study.tags.get(_COMMANDS_TAG, "[]")))
 
 
 def _as_tag(commands: list[str]) -> str:
@@ -383,17 +414,17 @@ def _as_tag(commands: list[str]) -> str:
     return text
 
 
-def _of_study(name: str) -> str:
-    """The search filter for the runs of a study."""
-    require_study_name(name)
-    return f"tags.`hrs.study` = '{name}'"
+def _require_name(name: str) -> None:
+    """Refuse a name that no folder or query could hold."""
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise HRSError(f"study name {name!r} must be at most 100 letters, digits, '_', '.', '+' or '-'")
 
 
-def _has_living_owner(run: "Run", other_than_this: bool = False) -> bool:
-    owner = run.data.tags.get("hrs.owner")
+def _has_living_owner(run: Tracked, other_than_this: bool = False) -> bool:
+    owner = run.tags.get("hrs.owner")
     if owner is None or (other_than_this and owner == this_process()):
         return False
-    beat = run.data.tags.get("hrs.heartbeat")
+    beat = run.tags.get("hrs.heartbeat")
     return is_alive(owner, float(beat) if beat else None)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +26,7 @@ from hrs.gpu import GpuProperties
 from hrs.presets import experiment
 from hrs.storage import Storage
 from hrs.training import Runtime
+from hrs.training.memory import predict_peak
 from hrs.training.runtime import DEFAULT_RUNTIME
 from jobs.ablation_sweep import parse, study_of
 from tests.simulated_gpu import SimulatedGpu, simulated_gpus
@@ -189,6 +191,26 @@ def test_a_gpu_that_is_too_small_is_one_sentence(runs: list[Run], tmp_path: Path
     with pytest.raises(HRSError, match=r"needs \d\.\d\d GiB at micro-batch 1 and .* has 0\.50 GiB") as caught:
         plan_runs(runs, set(), Hardware(cpus=2, nodes=(machine(0.5),)), Storage(tmp_path), Runtime())
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_fits_nowhere_stops_no_other_and_says_why(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = runs[0], runs[2]
+    peaks = [predict_peak(run.config, 1, Runtime(device="cpu")) for run in (small, large)]
+    assert peaks[0] < peaks[1]
+    memory = SimpleNamespace(available=2 * sum(peaks) // 2)  # for two cores
+    monkeypatch.setattr("hrs.cluster.plan.psutil.virtual_memory", lambda: memory)
+    storage = Storage(tmp_path)
+    plan = plan_runs([small, large], set(), Hardware(cpus=2), storage, Runtime())
+    assert [t.run for t in plan.missing] == [small]
+    ((refused, reason),) = plan.refused
+    assert refused == large and "at micro-batch 1" in reason
+    assert f"{large.label}  left out: {reason}" in format_plan(plan)
+    with pytest.raises(HRSError, match="at micro-batch 1"):
+        plan_runs([large], set(), Hardware(cpus=2), storage, Runtime())
+    done = plan_runs([small, large], {large.key}, Hardware(cpus=2), storage, Runtime())
+    assert not done.refused and [t.state for t in done.trials] == ["new", "finished"]
 
 
 # ---- GPUs ------------------------------------------------------------------------------------------------------------

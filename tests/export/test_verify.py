@@ -40,7 +40,7 @@ GEOMETRY = GeometryConfig(dimensions=4, modes=4, directional=2, syntactic=2, nei
 def whole(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with a database, tokens, a geometry, a bank, an engram store, a run and an artifact."""
     storage = Storage(tmp_path_factory.mktemp("whole"))
-    Tracker(storage)
+    Tracker(storage).connect()
     config = experiment("dense_baseline", "micro", 0, CHANGES | {"data.corpus": f"jsonl:{small_corpus}"})
     store = open_tokens(config.data, storage.tokens)
     open_manifold(GEOMETRY, store, storage.manifolds)

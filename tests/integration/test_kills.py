@@ -71,9 +71,9 @@ def fingerprints(root: Path) -> dict[str, str]:
 def tracked(root: Path) -> dict[str, tuple[str, float]]:
     """Status and start of every tracked run by its MLflow id; what was run twice would show here."""
     records = {}
-    client = Tracker(Storage(root))
-    for run in client._search("tags.`hrs.kind` = 'trial'"):
-        records[run.info.run_id] = (run.info.status, run.info.end_time)
+    tracker = Tracker(Storage(root))
+    for run in tracker._history.by_tag("hrs.kind", ["trial"]):
+        records[run.run_id] = (run.status, tracker._client.get_run(run.run_id).info.end_time)
     return records
 
 
@@ -89,8 +89,8 @@ def wait_for_checkpoint(root: Path, alive: Callable[[], bool]) -> Path:
 
 def workers_in_trials(root: Path) -> list[int]:
     """Process ids of the workers that own a running trial, from the tracked runs."""
-    runs = Tracker(Storage(root))._search("tags.`hrs.kind` = 'trial' and attributes.status = 'RUNNING'")
-    return [int(run.data.tags["hrs.owner"].split(":")[1]) for run in runs]
+    runs = [run for run in Tracker(Storage(root))._history.running() if run.tags["hrs.kind"] == "trial"]
+    return [int(run.tags["hrs.owner"].split(":")[1]) for run in runs]
 
 
 def test_a_killed_worker_is_replaced_and_nothing_changes(

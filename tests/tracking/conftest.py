@@ -14,7 +14,7 @@ from hrs.tracking import RunLogger, Tracker
 @pytest.fixture(scope="session")
 def template_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = open_storage(tmp_path_factory.mktemp("template"))
-    Tracker(storage)
+    Tracker(storage).connect()
     return storage
 
 

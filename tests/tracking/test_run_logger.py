@@ -65,7 +65,7 @@ def test_a_resumed_run_is_the_same_run_with_one_unbroken_curve(tracker: Tracker,
     record = only_record(tracker)
     assert (record.status, record.reason) == ("finished", "")
     assert record.history["validation_loss"] == [(step, 2.0) for step in (0, 4, 8, 12, 16)]
-    assert len(list(tracker._search("tags.`hrs.run_key` = 'k0'"))) == 1
+    assert len(tracker._history.by_tag("hrs.run_key", ["k0"])) == 1
 
 
 def test_parameters_are_flat_and_survive_a_resume(tracker: Tracker, open_run: OpenRun, storage: Storage) -> None:
