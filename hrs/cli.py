@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from hrs.config import ExperimentConfig, flatten, parse_assignments
+from hrs.config.checks import LARGEST_SEED, LARGEST_SIZE
 from hrs.errors import HRSError
 from hrs.presets import FAMILIES, PRESETS, STUDIES, compare, experiment, lineage
-from hrs.threads import set_threads
+from hrs.threads import MOST_THREADS, set_threads
 
 app = typer.Typer(
     help="An experiment queue for language-model research: name ablations, get a table you can believe.",
@@ -20,7 +21,7 @@ app = typer.Typer(
 )
 
 Scale = Annotated[str, typer.Option(help="micro, tiny, small or paper.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override any config field.")]
 Corpus = Annotated[
     str | None, typer.Option(help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH.")
@@ -51,7 +52,11 @@ Model = Annotated[
 def options(
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads of torch in this process; OMP_NUM_THREADS, or 1, if not given."),
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="CPU threads of torch in this process; OMP_NUM_THREADS, or 1, if not given.",
+        ),
     ] = None,
 ) -> None:
     """An experiment queue for language-model research: name ablations, get a table you can believe."""
@@ -103,7 +108,7 @@ def train(
     seed: Seed = 0,
     corpus: Corpus = None,
     overrides: Overrides = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 1,
 ) -> None:
     """Train, evaluate and audit one preset in this process, without Ray; continues a run that was cut off."""
     from hrs.cluster.inline import train_inline
@@ -167,15 +172,22 @@ def evaluate(
         str | None, typer.Option(help="Score other text than it was trained on, in the model's own tokenizer.")
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Write evaluation.json and documents.arrow into this folder.")
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            writable=True,
+            help="Write evaluation.json and documents.arrow into this folder.",
+        ),
     ] = None,
 ) -> None:
     """Score a model on a whole split of the text it was trained on, whatever became of the corpus since."""
     from hrs.data import absolute_corpus
+    from hrs.data.documents import require_split
     from hrs.evaluation import evaluate as run_evaluation
     from hrs.export import open_model, open_text
     from hrs.storage import open_storage
 
+    require_split(split)  # now, not after the model is read
     tokens = open_storage().tokens
     opened = open_model(model, tokens)
     config, other = opened.config, None if corpus is None else absolute_corpus(corpus)
@@ -194,9 +206,19 @@ def evaluate(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's directory, or one of its checkpoints.")],
     budget: Annotated[str | None, typer.Option(help="Most bytes of the file: 16MB, 16MiB or a number.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Width of the integers, 4 to 8; default 8 or what fits.")] = None,
-    calibrate: Annotated[int, typer.Option(help="Training windows to look at while rounding (GPTQ).")] = 0,
-    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.hrs"),
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            min=4,
+            max=8,
+            help="Width of the integers, 4 to 8; default 8 or what fits.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        int,
+        typer.Option(min=0, max=LARGEST_SIZE, help="Training windows to look at while rounding (GPTQ)."),
+    ] = 0,
+    output: Annotated[Path, typer.Option(dir_okay=False, writable=True, help="The file to write.")] = Path("model.hrs"),
 ) -> None:
     """Round a trained model into one small file, read it back and score it; status 1 if that cost suspiciously much."""
     from hrs.export import export as run_export
@@ -247,6 +269,8 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
+    if not 1 <= samples <= LARGEST_SIZE:
+        raise HRSError(f"samples must be at least 1 and at most {LARGEST_SIZE:,}, got {samples}")
     prompts = [*(prompt or []), *map(read_prompt, prompt_file or [])] or [""]
     opened = open_model(model, open_storage().tokens)
     if opened.causal is False:
@@ -260,10 +284,14 @@ def generate(
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Let other machines use the endpoint without an API key.")
     ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Another name it is asked under, such as that of a proxy."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default its preset.")] = None,
     slots: Annotated[int, typer.Option(help="Texts a replica continues at the same time.")] = 8,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait for a slot of a replica.")] = 64,
@@ -295,6 +323,7 @@ def serve(
         "memories": memories and str(memories.absolute()),
         "api_key_file": api_key_file and str(api_key_file.absolute()),
         "grace_seconds": grace,
+        "allowed_hosts": allow_host or [],
     }
     serve_model(parse_settings(values), host, port, allow_anonymous=allow_anonymous)
 
@@ -346,7 +375,7 @@ def verify() -> None:
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000) -> None:
     """Show every run in MLflow's browser interface, until Ctrl-C."""
     from hrs.storage import open_storage
     from hrs.tracking import Tracker, ui_command
@@ -376,8 +405,22 @@ def _parameters(config: ExperimentConfig) -> int:
     return count_parameters(config.model)
 
 
+def _run() -> int | None:
+    try:
+        status: int | None = app(standalone_mode=False)
+        return status
+    except typer.TyperException as error:  # a usage error, or a file that cannot be opened
+        said = error.format_message() if hasattr(error, "format_message") else str(error)
+        if not said:  # the help was asked for, or printed in place of a command
+            return 2
+        context = getattr(error, "ctx", None)
+        raise HRSError(f"{said.rstrip('.')}: see `{context.command_path if context else 'hrs'} --help`") from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+
+
 def main() -> None:
     """The console script."""
     from jobs.entry import run_entry
 
-    run_entry(app)
+    run_entry(_run)

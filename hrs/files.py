@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import filelock
 
+from hrs import strict_json
 from hrs.errors import HRSError
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def write_manifest(path: Path, facts: Mapping[str, Any]) -> None:
         _SIZES: {file.name: file.stat().st_size for file in files},
         _SUMS: {file.name: sha256_of(file) for file in files},
     }
-    write_whole(path, json.dumps(document | {_OWN: _sha256_of_json(document)}, indent=1))
+    write_whole(path, strict_json.dumps(document | {_OWN: _sha256_of_json(document)}, indent=1))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _known_sum(path: Path) -> str:
 
 
 def _sha256_of_json(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 # ---- built once ------------------------------------------------------------------------------------------------------

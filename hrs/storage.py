@@ -63,7 +63,10 @@ def open_storage(root: str | Path | None = None, *, writable: bool = True) -> St
         HRSError: if the folder cannot be created or written to.
     """
     chosen = root or os.environ.get("HRS_STORAGE") or Path.home() / ".local" / "share" / "hrs"
-    path = Path(chosen).expanduser().resolve()
+    try:
+        path = Path(chosen).expanduser().resolve()
+    except RuntimeError as error:  # ~NAME of nobody, or a circle of links
+        raise HRSError(f"storage {chosen} cannot be found ({error}): set HRS_STORAGE to a writable folder") from error
     if not writable:
         return Storage(path)
     try:

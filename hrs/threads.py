@@ -8,6 +8,7 @@ import os
 import sys
 
 VARIABLE = "OMP_NUM_THREADS"
+MOST_THREADS = 4096
 
 
 def set_threads(threads: int | None = None) -> None:

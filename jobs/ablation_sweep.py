@@ -32,21 +32,24 @@ from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.training import Runtime
 from jobs.entry import run_entry
+from jobs.options import CHECKPOINT_STEPS, MINUTES, SEEDS, Parser
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/ablation_sweep.py", description="Run a study and print its table.")
+    parser = Parser(prog="jobs/ablation_sweep.py", description="Run a study and print its table.")
     parser.add_argument("--study", choices=list(STUDIES), default="v1", help="named list of presets (default v1)")
     parser.add_argument("--presets", help="comma-separated presets in place of --study; the first is the baseline")
     add_study_options(parser)
     parser.add_argument("--name", help="title of the study (default: the study, or 'custom')")
     parser.add_argument(
         "--checkpoint-minutes",
-        type=float,
+        type=MINUTES,
         help="minutes between checkpoints (default: 1 second per MB, 10 s to 10 min)",
     )
-    parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints, instead of minutes")
+    parser.add_argument(
+        "--checkpoint-every", type=CHECKPOINT_STEPS, help="steps between checkpoints, instead of minutes"
+    )
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile models (default: on a GPU)")
     parser.add_argument(
@@ -61,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def add_study_options(parser: argparse.ArgumentParser) -> None:
     """The options of every job that runs a study through this one."""
     parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0..N-1 (default 1)")
+    parser.add_argument("--seeds", type=SEEDS, default=1, help="number of seeds, 0..N-1 (default 1)")
     parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")

@@ -28,20 +28,27 @@ from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.tracking.candidates import judge
 from jobs.entry import run_entry
+from jobs.options import Parser, file, whole
 
 FILE, RESULT = "model.hrs", "export.json"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/export.py", description="Export a trained model to one small file.")
+    parser = Parser(prog="jobs/export.py", description="Export a trained model to one small file.")
     parser.add_argument("source", metavar="STUDY|RUN_DIRECTORY", help="a study's name such as v1-tiny, or a directory")
     parser.add_argument("--budget", help="most bytes of the file: 16MB (decimal), 16MiB (binary) or a plain number")
-    parser.add_argument("--bits", type=int, help="width of the integers, 4 to 8 (default: 8, or what fits the budget)")
     parser.add_argument(
-        "--calibrate", type=int, default=0, metavar="N", help="round with a look at N training windows (default 0)"
+        "--bits", type=whole(4, 8), help="width of the integers, 4 to 8 (default: 8, or what fits the budget)"
     )
-    parser.add_argument("--output", type=Path, help=f"the file to write (default {FILE} in the run's directory)")
+    parser.add_argument(
+        "--calibrate",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="round with a look at N training windows (default 0)",
+    )
+    parser.add_argument("--output", type=file, help=f"the file to write (default {FILE} in the run's directory)")
     return parser.parse_args(arguments)
 
 

@@ -32,6 +32,7 @@ from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from jobs import ablation_sweep
 from jobs.entry import run_entry
+from jobs.options import Parser
 
 KERNELS: tuple[str, ...] = get_args(get_type_hints(AttentionConfig)["kernel"])
 TITLE = "kernels"
@@ -39,7 +40,7 @@ TITLE = "kernels"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/kernel_study.py", description="Compare attention kernels.")
+    parser = Parser(prog="jobs/kernel_study.py", description="Compare attention kernels.")
     parser.add_argument(
         "--kernels",
         default="dot,exponential",

@@ -34,24 +34,20 @@ from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from hrs.training import Runtime
 from jobs.entry import run_entry
+from jobs.options import SEED, Parser, whole
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(
-        prog="jobs/lr_search.py", description="Search the learning-rate schedule of a preset."
-    )
+    parser = Parser(prog="jobs/lr_search.py", description="Search the learning-rate schedule of a preset.")
     parser.add_argument("--preset", required=True, help="any name that `hrs presets` lists")
     parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
-    parser.add_argument("--samples", type=int, default=16, help="schedules to try (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the runs and of the search (default 0)")
+    parser.add_argument("--samples", type=whole(1, 100_000), default=16, help="schedules to try (default 16)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the runs and of the search (default 0)")
     parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop, without starting Ray")
-    options = parser.parse_args(arguments)
-    if options.samples < 1:
-        raise HRSError("--samples must be at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from hrs.presets import experiment
 from hrs.storage import open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
+from jobs.options import Parser
 
 STUDY = "manifolds"
 """Under which geometries are tracked, one run for each."""
@@ -35,9 +36,7 @@ STUDY = "manifolds"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(
-        prog="jobs/manifold_precompute.py", description="Compute the geometry of tokens of a corpus."
-    )
+    parser = Parser(prog="jobs/manifold_precompute.py", description="Compute the geometry of tokens of a corpus.")
     parser.add_argument(
         "--preset", default="manifold_v18", help="whose geometry: clean, or the original's (default manifold_v18)"
     )

@@ -30,6 +30,7 @@ from hrs.storage import open_storage
 from hrs.tracking import Tracker
 from jobs import ablation_sweep
 from jobs.entry import run_entry
+from jobs.options import Parser
 
 PRESETS = (
     "manifold_v18",
@@ -46,9 +47,7 @@ TITLE = "manifold_controls"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(
-        prog="jobs/manifold_study.py", description="Compare the manifold-guided network with its controls."
-    )
+    parser = Parser(prog="jobs/manifold_study.py", description="Compare the manifold-guided network with its controls.")
     parser.add_argument("--legacy", action="store_true", help=f"add {LEGACY}, the original, which sees the future")
     ablation_sweep.add_study_options(parser)
     return parser.parse_args(arguments)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 from hrs.files import write_whole
 from hrs.retrieval.needle.plan import NeedlePlan
 from hrs.retrieval.needle.report import HEAT_MAP, draw_heat_map, format_tables, page
@@ -33,6 +33,7 @@ from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
 from jobs.measuring import Measurement, open_subject, require_model, tell, track
+from jobs.options import SEED, Parser, whole
 
 STUDY = "needles"
 T = TypeVar("T")
@@ -41,28 +42,38 @@ RESULT, TABLES, PAGE = "needle.json", "needle.txt", "needle.md"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/needle.py", description="Seek facts hidden in long texts.")
+    parser = Parser(prog="jobs/needle.py", description="Seek facts hidden in long texts.")
     parser.add_argument(
         "model", metavar="MODEL", help="a run's directory, a checkpoint, an artifact or mlflow:NAME@ALIAS"
     )
     parser.add_argument(
         "--split", default="validation", choices=("train", "validation", "test"), help="of the haystacks"
     )
-    parser.add_argument("--segment", type=int, metavar="TOKENS", help="length of a segment (default half the context)")
+    parser.add_argument(
+        "--segment", type=whole(1), metavar="TOKENS", help="length of a segment (default half the context)"
+    )
     parser.add_argument(
         "--condition", choices=("isolated", "full_context"), default="isolated", help="how they are read"
     )
     parser.add_argument(
-        "--haystack", type=int, default=16, metavar="SEGMENTS", help="length of a haystack (default 16)"
+        "--haystack",
+        type=whole(1),
+        default=16,
+        metavar="SEGMENTS",
+        help="length of a haystack (default 16)",
     )
     parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="of the needle (default 0,0.25,0.5,0.75,1)")
     parser.add_argument(
         "--distractors", default="0,16,64,256", help="other segments in the store (default 0,16,64,256)"
     )
-    parser.add_argument("--trials", type=int, default=40, help="needles per depth (default 40)")
-    parser.add_argument("--block", type=int, help="mean output of this block as the engram (default: the final states)")
-    parser.add_argument("--new-tokens", type=int, default=8, help="length of a continuation (default 8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=whole(2), default=40, help="needles per depth (default 40)")
+    parser.add_argument(
+        "--block",
+        type=whole(-1000, 999),
+        help="mean output of this block as the engram (default: the final states)",
+    )
+    parser.add_argument("--new-tokens", type=whole(1), default=8, help="length of a continuation (default 8)")
+    parser.add_argument("--seed", type=SEED, default=0)
     options = parser.parse_args(arguments)
     options.depths = numbers(options.depths, float, "--depths")
     options.distractors = numbers(options.distractors, int, "--distractors")
@@ -98,7 +109,7 @@ def numbers(text: str, kind: Callable[[str], T], option: str) -> tuple[T, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
-        raise HRSError(f"{option} must be numbers with commas between them, got '{text}'") from error
+        raise HRSError(f"{option} must be numbers with commas between them, got {shown(text)}") from error
 
 
 def measure(task: Task, storage: Storage) -> Iterator[str | Measured]:

@@ -31,18 +31,21 @@ from hrs.retrieval.store import EngramStore, Normalisation
 from hrs.storage import Storage, open_storage
 from jobs.entry import run_entry
 from jobs.measuring import require_model, tell
+from jobs.options import Parser, folder, number, whole
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/populate_store.py", description="Fill an engram store from a corpus.")
+    parser = Parser(prog="jobs/populate_store.py", description="Fill an engram store from a corpus.")
     parser.add_argument(
         "model", metavar="MODEL", help="a run's directory, a checkpoint, an artifact or mlflow:NAME@ALIAS"
     )
     parser.add_argument("split", choices=("train", "validation", "test"), help="part of the corpus")
     parser.add_argument("--corpus", help="other text than the model was trained on, in the model's own tokenizer")
-    parser.add_argument("--store", type=Path, help="folder of the store (default below the storage, see the output)")
-    parser.add_argument("--segment", type=int, metavar="TOKENS", help="length of a segment (default half the context)")
+    parser.add_argument("--store", type=folder, help="folder of the store (default below the storage, see the output)")
+    parser.add_argument(
+        "--segment", type=whole(1), metavar="TOKENS", help="length of a segment (default half the context)"
+    )
     parser.add_argument(
         "--condition",
         choices=(*get_args(Condition), "both"),
@@ -51,12 +54,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--keep-above",
-        type=float,
+        type=number(0.0, 0.999999),
         default=0.0,
         metavar="Q",
         help="keep segments above this entropy quantile (default 0: all)",
     )
-    parser.add_argument("--block", type=int, help="mean output of this block as the key (default: the final states)")
+    parser.add_argument(
+        "--block",
+        type=whole(-1000, 999),
+        help="mean output of this block as the key (default: the final states)",
+    )
     parser.add_argument(
         "--normalisation", choices=get_args(Normalisation), default="centred", help="of keys (default centred)"
     )
@@ -87,8 +94,6 @@ def task_of(options: argparse.Namespace, storage: Storage) -> Task:
     conditions: tuple[Condition, ...] = get_args(Condition) if options.condition == "both" else (options.condition,)
     if options.store is not None and len(conditions) > 1:
         raise HRSError("--condition both fills two stores, and --store names one: leave one of the two out")
-    if not 0 <= options.keep_above < 1:
-        raise HRSError(f"--keep-above must be a quantile from 0 up to 1, got {options.keep_above:g}")
     return Task(
         model=require_model(storage, options.model),
         split=options.split,

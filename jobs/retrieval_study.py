@@ -41,6 +41,7 @@ from hrs.tracking import Tracker
 from hrs.training import Progress, Runtime, load_model, train
 from jobs import ablation_sweep
 from jobs.entry import run_entry
+from jobs.options import Parser, whole
 
 BASE = "dense_baseline"
 VARIANTS = ("dense_retrieved", "dense_retrieved_shuffled", "dense_retrieved_none")
@@ -55,8 +56,12 @@ OWN_SPLIT = "validation"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/retrieval_study.py", description="What is a retrieved memory worth?")
-    parser.add_argument("--steps", type=int, help="steps with memories, after the baseline's (default: as many)")
+    parser = Parser(prog="jobs/retrieval_study.py", description="What is a retrieved memory worth?")
+    parser.add_argument(
+        "--steps",
+        type=whole(1),
+        help="steps with memories, after the baseline's (default: as many)",
+    )
     parser.add_argument(
         "--split", choices=(OWN_SPLIT, "test"), default=OWN_SPLIT, help=f"to score on (default {OWN_SPLIT})"
     )
@@ -73,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bases, storage = ablation_sweep.study_of(ablation_sweep.parse(sweep)).runs(), open_storage()
     name = Study(title=TITLE, presets=VARIANTS, scale=options.scale, seeds=(0,), overrides=own).name
     # What cannot be composed had better fail now than after the baselines.
-    Study(title=TITLE, presets=VARIANTS, scale=options.scale, seeds=(0,), overrides=own).runs()
+    some_base = {f"training.retrieval.{name}": "0" * 16 for name in ("base", "fingerprint")}
+    Study(title=TITLE, presets=VARIANTS, scale=options.scale, seeds=(0,), overrides=own | some_base).runs()
     tracker = Tracker(storage)
     if options.dry_run:
         ablation_sweep.main(sweep)

@@ -26,7 +26,6 @@ from hrs import strict_json
 from hrs.cluster.preflight import preflight
 from hrs.cluster.workers import reserved_runtime
 from hrs.data import TokenStore
-from hrs.errors import HRSError
 from hrs.evaluation.separation import Segments
 from hrs.evaluation.topic_pairs import Bounds, Engrams, PairScores, score_pairs
 from hrs.evaluation.topic_pieces import (
@@ -51,6 +50,7 @@ from hrs.tracking import Tracker
 from jobs.entry import run_entry
 from jobs.export import best_run
 from jobs.measuring import find_model, tell
+from jobs.options import SEEDS, Parser, whole
 
 FITTED, HELD_OUT = "train", "validation"
 CENTRED = "trained, centred"
@@ -78,18 +78,17 @@ class TopicStudy:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/topic_study.py", description="Measure what engrams know of topics.")
+    parser = Parser(prog="jobs/topic_study.py", description="Measure what engrams know of topics.")
     parser.add_argument(
         "source",
         metavar="STUDY|MODEL",
         help="a study's name such as v1-tiny, a run's directory, a checkpoint, an artifact or mlflow:NAME@ALIAS",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="classifiers trained for each kind of engram (default 3)")
-    parser.add_argument("--draws", type=int, default=10, help="texts drawn anew for each stress test (default 10)")
-    options = parser.parse_args(arguments)
-    if options.seeds < 1 or options.draws < 1:
-        raise HRSError(f"--seeds and --draws must be at least 1, got {options.seeds} and {options.draws}")
-    return options
+    parser.add_argument(
+        "--seeds", type=SEEDS, default=3, help="classifiers trained for each kind of engram (default 3)"
+    )
+    parser.add_argument("--draws", type=whole(1), default=10, help="texts drawn anew for each stress test (default 10)")
+    return parser.parse_args(arguments)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -32,26 +32,38 @@ from hrs.models.geometry import TokenGeometry
 from hrs.storage import open_storage
 from hrs.training import Progress, Runtime
 from jobs.entry import run_entry
+from jobs.options import CHECKPOINT_STEPS, MINUTES, SEED, THREADS, Parser, whole
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
-    parser = argparse.ArgumentParser(prog="jobs/train_parallel.py", description="Train one run with several workers.")
+    parser = Parser(prog="jobs/train_parallel.py", description="Train one run with several workers.")
     parser.add_argument("preset", help="what to train; `hrs presets` lists them")
-    parser.add_argument("--workers", type=int, default=2, help="processes, which must divide the batch (default 2)")
+    parser.add_argument(
+        "--workers",
+        type=whole(1, 4096),
+        default=2,
+        help="processes, which must divide the batch (default 2)",
+    )
     parser.add_argument("--unshared", default="", help="comma-separated parameter groups that only worker 0 trains")
     parser.add_argument("--scale", default="tiny", help="micro, tiny, small or paper (default tiny)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the run (default 0)")
     parser.add_argument("--corpus", help="wiki-mini, bbc, wikitext-103, hf:NAME, text:PATH, jsonl:PATH, parquet:PATH")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
-    parser.add_argument("--threads", type=int, default=1, help="cores of each worker (default 1)")
-    parser.add_argument("--micro-batch", type=int, help="windows per forward pass of each worker (default: its part)")
+    parser.add_argument("--threads", type=THREADS, default=1, help="cores of each worker (default 1)")
+    parser.add_argument(
+        "--micro-batch",
+        type=whole(1),
+        help="windows per forward pass of each worker (default: its part)",
+    )
     parser.add_argument(
         "--checkpoint-minutes",
-        type=float,
+        type=MINUTES,
         help="minutes between checkpoints (default: 1 second per MB, 10 s to 10 min)",
     )
-    parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints, instead of minutes")
+    parser.add_argument(
+        "--checkpoint-every", type=CHECKPOINT_STEPS, help="steps between checkpoints, instead of minutes"
+    )
     parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
     return parser.parse_args(arguments)
 

@@ -22,19 +22,15 @@ def require_address(host: str, port: int, *, keys: bool, allow_anonymous: bool) 
     """
     if not 1 <= port <= 65535:
         raise HRSError(f"port {port} does not exist: give a --port from 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET  # as Ray Serve chooses
     try:
-        *_, where = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
+        with bind(host, port) as bound:
+            address = str(bound.getsockname()[0])
+    except (socket.gaierror, UnicodeError) as error:
         raise HRSError(f"{host!r} is no address of this machine ({error}): give another --host") from error
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(where)
-        except OSError as error:
-            what = f"{host_and_port(host, port)} cannot be listened on ({error.strerror})"
-            raise HRSError(f"{what}: give another --host or --port") from error
-    if keys or ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
+    except OSError as error:
+        what = f"{host_and_port(host, port)} cannot be listened on ({error.strerror})"
+        raise HRSError(f"{what}: give another --host or --port") from error
+    if keys or ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return None
     if not allow_anonymous:
         raise HRSError(
@@ -47,3 +43,21 @@ def require_address(host: str, port: int, *, keys: bool, allow_anonymous: bool) 
 def host_and_port(host: str, port: int) -> str:
     """Return ``host:port`` as it stands in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a TCP socket that is bound to an address and does not listen yet.
+
+    Raises:
+        OSError: if it cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    *_, where = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(where)
+    except OSError:
+        bound.close()
+        raise
+    return bound

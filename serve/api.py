@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fastapi import Path as InPath
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from serve.access import Keys
 from serve.backend import Backend
 from serve.checks import require_model
 from serve.completions import completion_routes
@@ -38,7 +39,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     for status, what in {
         400: "The request is malformed, or asks for what this server does not have",
         401: "The API key is missing or wrong",
+        403: "This endpoint is not asked under the name in Host",
         404: "There is no such model, memory or topic",
+        408: "The body did not come in time",
         413: "The body is too large",
         422: "A limit of this endpoint is exceeded",
         429: "The queue is full; see Retry-After",
@@ -55,7 +58,7 @@ def make_api(backend: Backend) -> FastAPI:
         HRSError: if the settings' key file cannot be read.
     """
     api = FastAPI(title="hrs", version="1", responses=_REFUSALS)
-    api.add_middleware(Gatekeeper, backend=backend, keys=read_api_keys(backend.settings))
+    api.add_middleware(Gatekeeper, backend=backend, keys=Keys(read_api_keys(backend.settings)))
     install_handlers(api)
     api.include_router(completion_routes(backend))
     api.include_router(memory_routes(backend))
@@ -74,9 +77,7 @@ def make_api(backend: Backend) -> FastAPI:
     @api.get("/healthz", tags=["operation"])
     async def healthz() -> JSONResponse:
         """Runs the model on a token."""
-        report = await backend.check()
-        stopping = {"status": "stopping"} if backend.draining else {}
-        return JSONResponse({"status": "ok", **report, **stopping}, 503 if stopping else 200)
+        return JSONResponse({"status": "ok", **await backend.check()})
 
     @api.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     def metrics() -> Response:

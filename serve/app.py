@@ -1,19 +1,23 @@
 """The Ray Serve application: replicas that each hold the model and answer HTTP themselves.
 
-Ingress and model are one deployment. A request then passes one process boundary, that of Serve's proxy; with an ingress
-of its own, every token of every stream would pass two.
+Ingress and model are one deployment. A request then passes one process boundary, that of the front of ``hrs serve`` or
+of Serve's proxy; with an ingress of its own, every token of every stream would pass two.
 """
 
+import contextlib
 import os
+from collections.abc import AsyncGenerator
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve import Application
+from starlette.types import Message, Scope
 
 from hrs.errors import HRSError
+from serve.answering import answer
 from serve.api import make_api
 from serve.opening import open_backend
-from serve.settings import Settings
+from serve.settings import MOST_OTHERS, Settings, most_texts
 
 
 @ray_serve.deployment(name="hrs")
@@ -23,17 +27,16 @@ class Replica:
 
     def __init__(self, settings: Settings) -> None:
         self._backend = open_backend(settings, replica=ray_serve.get_replica_context().replica_id.unique_id)
+        self._api = make_api(self._backend)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_api(self._backend)
+        return self._api
 
-    async def drain(self) -> None:
-        """Refuse new requests from now on; running replies go on."""
-        self._backend.draining = True
-
-    async def cut_off(self) -> None:
-        """End the running replies; their clients are told that the endpoint stopped."""
-        self._backend.abort()
+    async def answer(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+        """Answer a request of the front of ``hrs serve``, which sends the messages on to the client."""
+        async with contextlib.aclosing(answer(self._api, scope, body)) as messages:
+            async for together in messages:
+                yield together
 
     def check_health(self) -> None:
         """Raises if the engine has stopped; Serve then starts another replica."""
@@ -58,7 +61,11 @@ def build(settings: Settings) -> Application:
         raise HRSError("device is cuda and gpus_per_replica is 0: who reserves no GPU uses the CPU, so reserve a share")
     n_gpus = settings.gpus_per_replica if settings.reserves_gpu else 0
     deployment = Replica.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=_most_requests(settings),
+        # The replica itself refuses what has no room, and says so as OpenAI does; what comes beyond that, from clients
+        # that do not wait for their refusal, is refused by whoever passes requests on to it, and does not queue there.
+        max_ongoing_requests=2 * most_texts(settings) + MOST_OTHERS,
+        max_queued_requests=MOST_OTHERS,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
         autoscaling_config={
             "min_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
@@ -69,11 +76,6 @@ def build(settings: Settings) -> Application:
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": n_gpus},
         graceful_shutdown_timeout_s=settings.grace_seconds,
         graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=5,
+        health_check_period_s=1,
     )
     return deployment.bind(settings)
-
-
-def _most_requests(settings: Settings) -> int:
-    """More than there is room for, so that it is the replica that refuses, and says so as OpenAI does."""
-    return 2 * (settings.slots + settings.max_queue) + 64

@@ -86,8 +86,6 @@ class Backend(Protocol):
     settings: Settings
     card: ModelCard
     metrics: Metrics
-    draining: bool
-    """Whether new requests are refused because the endpoint stops."""
 
     def encode(self, text: str) -> list[int]: ...
 

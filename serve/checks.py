@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from serve.backend import Backend
 from serve.errors import ApiError, bad_request
+from serve.settings import most_texts
 
 _LONG = 10_000
 """Characters that take so long to encode that the others should not wait for it."""
@@ -15,6 +16,17 @@ def require_model(backend: Backend, name: str) -> None:
     if name != backend.card.name:
         sentence = f"the model '{name[:100]}' is not served here: it is '{backend.card.name}'"
         raise ApiError(404, sentence, code="model_not_found", param="model")
+
+
+def require_possible(backend: Backend, n_prompts: int, n_choices: int, n_new: int) -> None:
+    """Raises ApiError 422 if more is asked for than the endpoint ever gives, however idle it is."""
+    limits = backend.settings
+    most = min(limits.max_choices, most_texts(limits))
+    if n_prompts * n_choices > most:
+        raise ApiError(422, f"{n_prompts} prompts times n of {n_choices} is more than {most}: ask for fewer", param="n")
+    if n_new > limits.max_new_tokens:
+        sentence = f"max_tokens of {n_new} is more than the {limits.max_new_tokens} this endpoint writes"
+        raise ApiError(422, f"{sentence}: ask for fewer", param="max_tokens")
 
 
 async def prompts_of(

@@ -12,8 +12,7 @@ from hrs.generation import Sampling
 from serve.backend import Backend, Piece, Running, Scores
 from serve.backend import Request as Text
 from serve.chat import chat_prompt, chat_stops
-from serve.checks import prompts_of, require_model
-from serve.errors import ApiError
+from serve.checks import prompts_of, require_model, require_possible
 from serve.formats import ChatFormat, Choice, CompletionFormat, Envelope, usage
 from serve.schemas import ChatRequest, CompletionRequest, Sampled
 from serve.streaming import DONE, EventStream, first_piece, sse, while_connected
@@ -28,11 +27,12 @@ def completion_routes(backend: Backend) -> APIRouter:
         """Continue texts."""
         require_model(backend, body.model)
         prompts = await prompts_of(backend, body.prompt, "prompt")
+        n_new, wants = 16 if body.max_tokens is None else body.max_tokens, body.logprobs is not None
+        require_possible(backend, len(prompts), body.n, n_new)
         backend.require_room(len(prompts) * body.n)
         scores: list[Scores | None] = [None] * len(prompts)
         if body.echo and body.logprobs is not None:
             scores = [await backend.score(ids, body.logprobs) for ids in prompts]
-        n_new, wants = 16 if body.max_tokens is None else body.max_tokens, body.logprobs is not None
         job = await _Job.of(backend, body, prompts, n_new, tuple(body.stop or ()), body.logprobs or 0)
         choices = []
         for index, topic in enumerate(job.topics):
@@ -46,9 +46,10 @@ def completion_routes(backend: Backend) -> APIRouter:
         """Continue a conversation, spelled out as docs/serving.md says."""
         require_model(backend, body.model)
         prompts = await prompts_of(backend, chat_prompt(body.messages), "messages")
-        backend.require_room(body.n)
         limits = [n for n in (body.max_completion_tokens, body.max_tokens) if n is not None]
         most = limits[0] if limits else min(backend.settings.default_chat_tokens, backend.settings.max_new_tokens)
+        require_possible(backend, 1, body.n, most)
+        backend.require_room(body.n)
         stops = (*(body.stop or ()), *chat_stops())
         job = await _Job.of(backend, body, prompts, most, stops, body.top_logprobs or 0)
         choices = [
@@ -80,14 +81,6 @@ class _Job:
         stop: tuple[str, ...],
         n_best: int,
     ) -> "_Job":
-        """Raises ApiError 422 if more is asked for than the endpoint gives."""
-        limits = backend.settings
-        if len(prompts) * body.n > limits.max_choices:
-            sentence = f"{len(prompts)} prompts times n of {body.n} is more than {limits.max_choices}"
-            raise ApiError(422, sentence, param="n")
-        if n_new > limits.max_new_tokens:
-            sentence = f"max_tokens of {n_new} is more than the {limits.max_new_tokens} this endpoint writes"
-            raise ApiError(422, f"{sentence}: ask for fewer", param="max_tokens")
         seed = secrets.randbits(53) if body.seed is None else body.seed
         job = cls(backend, body, sum(map(len, prompts)), n_new, seed)
         for ids in prompts:

@@ -209,10 +209,6 @@ class Engine:
             raise _stopped()
         return await asyncio.wrap_future(future)
 
-    def abort(self) -> None:
-        """End every text now; its client is told that the endpoint stops."""
-        self._post(self._cut_off)
-
     def close(self) -> None:
         """End every text and stop the thread after the present step."""
         with self._wake:

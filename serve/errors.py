@@ -53,7 +53,12 @@ def _printable(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
-_KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

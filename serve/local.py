@@ -1,9 +1,8 @@
 """A model in this process as a backend: what a Ray replica holds, and what runs without Ray."""
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from serve.decoders import RetrievalDecoder
 from serve.engine import Engine, Replies
 from serve.errors import ApiError
 from serve.memories import Memories
-from serve.metrics import Metrics
+from serve.metrics import Metrics, keep_published
 from serve.reading import score
 from serve.schemas import MemoryRequest, SearchRequest, TopicChange
 from serve.settings import Settings
@@ -32,7 +31,6 @@ T = TypeVar("T")
 
 _AT_ONCE = 4
 """Texts read between two steps of the others."""
-_PUBLISH_SECONDS = 2.0
 
 
 def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -61,7 +59,7 @@ class LocalBackend:
         replica: str = "0",
     ) -> None:
         model, config = opened.model, opened.config
-        self.settings, self.metrics, self.draining = settings, Metrics(replica), False
+        self.settings, self.metrics = settings, Metrics(replica)
         self._model, self._tokenizer = model, opened.tokenizer
         self._pieces = token_pieces(opened.tokenizer)
         self._end_id = end_of_text_id(opened.tokenizer)
@@ -83,8 +81,7 @@ class LocalBackend:
             self._decoder, self._pieces, limit=settings.slots + settings.max_queue, metrics=self.metrics
         )
         self._figures = folder / "replicas"
-        self._closed = threading.Event()
-        threading.Thread(target=self._publish, name="figures", daemon=True).start()
+        self._stop_publishing = keep_published(self.metrics, self._figures)
 
     def _decoder(self) -> RetrievalDecoder:
         return RetrievalDecoder(
@@ -186,20 +183,7 @@ class LocalBackend:
     def prometheus(self) -> bytes:
         return self.metrics.page(self._figures)
 
-    def abort(self) -> None:
-        """End every text now."""
-        self._engine.abort()
-
     def close(self) -> None:
         """Stop the engine. The backend cannot be used any more."""
-        self.draining = True
-        self._closed.set()
+        self._stop_publishing()
         self._engine.close()
-
-    def _publish(self) -> None:
-        publish: Callable[[Path], None] = self.metrics.publish
-        while not self._closed.wait(_PUBLISH_SECONDS):
-            try:
-                publish(self._figures)
-            except OSError:  # a full disk must not end a replica that still answers
-                continue

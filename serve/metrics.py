@@ -4,10 +4,12 @@ A scrape reaches whichever replica the proxy chooses. So each replica keeps a co
 share, and any of them answers for all, told apart by the label ``replica``.
 """
 
+import contextlib
 import json
 import os
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hrs import strict_json
 
 STALE_SECONDS = 30.0
 """A copy that is older is of a replica that is gone."""
+_PUBLISH_SECONDS = 2.0
 _WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -51,6 +54,11 @@ class Metrics:
         for kind in ("prompt", "completion"):
             self.tokens.labels(kind)
 
+    def count_refusal(self, status: int) -> None:
+        """Count a request that was refused, or failed, before any route knew of it."""
+        self.requests.labels("front", str(status)).inc()
+        self.errors.labels(str(status)).inc()
+
     def snapshot(self) -> list[dict[str, Any]]:
         """All families as plain values."""
         return [
@@ -79,6 +87,19 @@ class Metrics:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Merged(copies))
         return generate_latest(registry)
+
+
+def keep_published(metrics: Metrics, folder: Path) -> Callable[[], None]:
+    """Leave a copy of ``metrics`` in ``folder`` again and again, and return the function that ends that."""
+    ended = threading.Event()
+
+    def publish() -> None:
+        while not ended.wait(_PUBLISH_SECONDS):
+            with contextlib.suppress(OSError):  # a full disk must not end a process that still answers
+                metrics.publish(folder)
+
+    threading.Thread(target=publish, name="figures", daemon=True).start()
+    return ended.set
 
 
 def _others(folder: Path, replica: str) -> list[list[dict[str, Any]]]:

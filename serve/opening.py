@@ -54,10 +54,15 @@ def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:
     device = replica_device(settings)
     opened = open_model(resolve(settings.model, storage), storage.tokens)
     opened.model.to(device)
-    folder = storage.root / "engrams" / f"{model_fingerprint(opened.model)}-served"
+    folder = memory_folder(storage, opened)
     calibration = gate_of(opened, storage, folder)
     slots = slots_of(opened, storage)
     return LocalBackend(opened, settings, folder, calibration=calibration, slots=slots, replica=replica)
+
+
+def memory_folder(storage: Storage, opened: OpenedModel) -> Path:
+    """Return the folder of what an endpoint of the model remembers, counts and has measured."""
+    return storage.root / "engrams" / f"{model_fingerprint(opened.model)}-served"
 
 
 def slots_of(opened: OpenedModel, storage: Storage) -> SlotMaker | None:

@@ -8,11 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hrs.errors import HRSError
 
+MOST_OTHERS = 64
+"""Requests of a replica at once that need no slot."""
+
 
 class Settings(BaseModel):
     """One endpoint. Unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str
     """A run's directory, one of its checkpoints, an artifact, or ``mlflow:NAME@ALIAS``."""
@@ -22,7 +25,7 @@ class Settings(BaseModel):
     """Storage root; ``$HRS_STORAGE`` or the default if not given. Replicas on other machines need the same folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` is the GPU that a replica reserved (``gpus_per_replica``), and the CPU if it reserved none."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=4096)
     """CPU threads of torch in each replica."""
 
     slots: int = Field(8, ge=1)
@@ -32,6 +35,8 @@ class Settings(BaseModel):
     max_choices: int = Field(16, ge=1)
     """Texts one request may ask for: prompts times ``n``."""
     max_body_bytes: int = Field(2**20, ge=1)
+    body_seconds: float = Field(30.0, gt=0)
+    """In which the body of a request has to be complete."""
     max_prompt_tokens: int = Field(8192, ge=1)
     """A prompt beyond the model's context is read in windows, so this bounds work, not ability."""
     max_new_tokens: int = Field(2048, ge=1)
@@ -55,6 +60,9 @@ class Settings(BaseModel):
 
     api_key_file: str | None = None
     """A file with one key per line. Without it ``$HRS_API_KEY`` is the key; without both nobody is asked for one."""
+
+    allowed_hosts: list[str] = Field(default_factory=list)
+    """Names besides its own under which an endpoint on the loopback interface is asked, such as that of a proxy."""
 
     memories: str | None = None
     """Folder of an engram store, such as one that jobs/populate_store.py filled. The model's own below the storage root
@@ -80,6 +88,11 @@ class Settings(BaseModel):
     def reserves_gpu(self) -> bool:
         """True if replicas run on a GPU."""
         return self.device != "cpu" and self.gpus_per_replica > 0
+
+
+def most_texts(settings: Settings) -> int:
+    """Return the requests of a replica that generate or wait for it at once: each has a text or more."""
+    return settings.slots + settings.max_queue
 
 
 def parse_settings(values: dict[str, object]) -> Settings:

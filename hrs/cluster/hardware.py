@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 from hrs.gpu import GpuProperties, probe_gpus
 
 PROBE_SECONDS = 180.0
@@ -30,6 +30,8 @@ CLUSTER_CONFIG = "HRS_CLUSTER_CONFIG"
 GPU_GIB = "gpu_gib"
 """Custom resource of a node type in the launcher file: memory of one GPU in GiB, as sold."""
 
+MOST_GPUS = 10_000
+MOST_GIB = 100_000
 USABLE_FRAC = 0.9
 """Share of the memory as sold that a GPU offers: the driver, ECC and rounding (24 GB are 22.1 GiB) take the rest."""
 CPUS_PER_GPU = 8
@@ -292,9 +294,12 @@ def parse_gpus(text: str) -> tuple[GpuNode, ...]:
     """
     nodes = []
     for item in text.split(","):
-        found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)(?::(.+))?", item.strip())
-        if not found or not int(found[1]) or not float(found[2]):
-            raise HRSError(f"'{item}' describes no GPUs: write COUNTxGIB or COUNTxGIB:NAME, such as 4x24:A10G")
+        found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9}(?:\.[0-9]{1,9})?)(?::(.{1,100}))?", item.strip())
+        if not found or not 1 <= int(found[1]) <= MOST_GPUS or not 0.1 <= float(found[2]) <= MOST_GIB:
+            raise HRSError(
+                f"{shown(item)} describes no GPUs: write COUNTxGIB or COUNTxGIB:NAME, such as 4x24:A10G, with at most "
+                f"{MOST_GPUS:,} GPUs of {MOST_GIB:,} GiB"
+            )
         count = int(found[1])
         nodes.append(described_node(count, float(found[2]), found[3] or "GPU", count * CPUS_PER_GPU))
     return tuple(nodes)

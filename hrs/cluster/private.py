@@ -6,12 +6,17 @@ requests that replicas of Ray Serve read. Ray's servers listen on all interfaces
 everybody who connects. Replicas of Ray Serve still listen on all interfaces, and are protected by the token alone.
 """
 
+import contextlib
 import logging
 import os
 import secrets
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from hrs.errors import HRSError
 
 ROOT = Path(__file__).resolve().parents[2]
 """The folder above the ``hrs`` that is imported: the repository, or its uploaded copy."""
+_OF_GROUPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""Signals that terminals, ``timeout`` and service managers send to all processes of a group."""
 
 
 def private_environment() -> dict[str, str]:
@@ -47,12 +54,15 @@ def ray_folder(folder: Path) -> Path:
     return folder / "ray"
 
 
-def start_private_ray(**options: Any) -> Callable[[], None]:
+def start_private_ray(*, shielded: bool = False, **options: Any) -> Callable[[], None]:
     """Start a Ray that only this process and its workers can use, with its files in a folder that only this user reads.
 
-    An environment that disables authentication is overruled, also if Ray has been imported with it.
+    An environment that disables authentication is overruled, also if Ray has been imported with it. Should this process
+    be killed, :mod:`hrs.cluster.reaper` ends its Ray and removes the folder.
 
     Args:
+        shielded: keep SIGINT, SIGTERM and SIGHUP from Ray's processes and all that they start, so that a signal to the
+            process group or to every process of a service reaches this process only, which then stops its Ray in order.
         options: of ``ray.init``; ``num_cpus`` and ``num_gpus`` above all.
 
     Returns:
@@ -67,6 +77,11 @@ def start_private_ray(**options: Any) -> Callable[[], None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     folder = private_folder()
+    reaper = subprocess.Popen(
+        [sys.executable, "-I", str(Path(__file__).with_name("reaper.py")), str(folder)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
 
     import ray
     from ray._private import ray_constants
@@ -78,7 +93,10 @@ def start_private_ray(**options: Any) -> Callable[[], None]:
     ray_constants.ENABLE_RAY_CLUSTER = False
 
     def stop() -> None:
+        if shielded:
+            _end_by_kill()
         ray.shutdown()
+        reaper.communicate()  # the end of its input is its signal
         shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             if value is None:
@@ -94,7 +112,8 @@ def start_private_ray(**options: Any) -> Callable[[], None]:
         "_temp_dir": str(ray_folder(folder)),
     }
     try:
-        ray.init(**defaults | options)
+        with _signals_kept_from_children() if shielded else contextlib.nullcontext():
+            ray.init(**defaults | options)
     except BaseException as error:
         stop()
         if not isinstance(error, Exception):
@@ -102,3 +121,31 @@ def start_private_ray(**options: Any) -> Callable[[], None]:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise HRSError(f"Ray cannot be started on this machine: {reason[:300]}") from error
     return stop
+
+
+@contextlib.contextmanager
+def _signals_kept_from_children() -> Iterator[None]:
+    """Block the signals that groups of processes get, in this thread and in the processes that it starts meanwhile.
+
+    A process inherits the signals that its parent's thread blocks, Ray's processes unblock none, and those that they
+    start inherit them too. To this process they are delivered as before, by a thread that does not block them.
+    """
+    done = threading.Event()
+    receiver = threading.Thread(target=done.wait, name="signals", daemon=True)
+    receiver.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_GROUPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
+
+
+def _end_by_kill() -> None:
+    """Make ``ray.shutdown`` end Ray's processes by SIGKILL: they block SIGTERM, which it would wait for in vain."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    if node is not None:
+        for started in (info.process for infos in node.all_processes.values() for info in infos):
+            started.terminate = started.kill

@@ -11,6 +11,8 @@ from hrs.data import absolute_corpus, data_fingerprint
 from hrs.errors import HRSError
 from hrs.identity import run_key
 from hrs.presets import experiment
+from hrs.tracking.names import require_study_name
+from hrs.training.requirements import require_consistent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,11 @@ class Study:
             raise HRSError(
                 "a study needs at least one preset and one seed: give --presets or --study, and --seeds N above 0"
             )
+        if twice := [preset for preset in self.presets if self.presets.count(preset) > 1]:
+            raise HRSError(f"preset '{twice[0]}' is named twice: a table has one row per preset")
+        if "seed" in self.overrides:
+            raise HRSError("seed cannot be overridden, all rows would have one: give --seed, or --seeds N for 0 to N-1")
+        require_study_name(self.name)
         if corpus := self.overrides.get("data.corpus"):  # workers have other working directories
             object.__setattr__(self, "overrides", {**self.overrides, "data.corpus": absolute_corpus(corpus)})
 
@@ -62,10 +69,16 @@ class Study:
         return f"{self.title}-{self.scale}-{mark}"
 
     def runs(self) -> list[Run]:
-        """Every run, preset by preset. Needs the corpus at hand to name its content, but builds nothing."""
+        """Every run, preset by preset. Needs the corpus at hand to name its content, but builds nothing.
+
+        Raises:
+            HRSError: for what cannot be trained, whatever the text says.
+        """
         configs = [
             experiment(preset, self.scale, seed, self.overrides) for preset in self.presets for seed in self.seeds
         ]
+        for config in configs[:: len(self.seeds)]:
+            require_consistent(config)
         fingerprints: dict[DataConfig, str] = {}
         for config in configs:
             if config.data not in fingerprints:

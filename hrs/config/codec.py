@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hrs import strict_json
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -36,8 +36,15 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise HRSError(f"unknown field {', '.join(where + u for u in unknown)}; {cls.__name__} has {', '.join(hints)}")
+        listed = shown(", ".join(where + str(u) for u in unknown)).strip("'")
+        raise HRSError(f"unknown field {listed}; {cls.__name__} has {', '.join(hints)}")
+    if lacking := [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]:
+        raise HRSError(f"{where.rstrip('.') or cls.__name__} lacks {', '.join(lacking)}: give all its fields")
     return cls(**{name: _coerce(hints[name], value, where + name) for name, value in values.items()})
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -67,7 +74,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     for text in assignments:
         key, sign, value = text.partition("=")
         if not sign:
-            raise HRSError(f"override '{text}' must have the form FIELD=VALUE, for example model.n_layers=6")
+            raise HRSError(f"override {shown(text)} must have the form FIELD=VALUE, for example model.n_layers=6")
         parsed[key.strip()] = value.strip()
     return parsed
 
@@ -103,10 +110,14 @@ def _override(config: Any, changes: Mapping[str, Any], prefix: str, errors: list
                 errors.append(str(error))
         else:
             leaves = ", ".join(prefix + name for name in flatten(config))
-            errors.append(f"unknown field {prefix}{key}; there are {leaves}")
+            errors.append(f"unknown field {prefix}{shown(key)[1:-1]}; there are {leaves}")
     for head, inner in nested.items():
         direct[head] = _override(getattr(config, head), inner, f"{prefix}{head}.", errors)
-    return dataclasses.replace(config, **direct) if not errors else config
+    try:
+        return dataclasses.replace(config, **direct) if not errors else config
+    except HRSError as error:
+        errors.append(str(error))
+        return config
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -115,7 +126,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise HRSError(f"{where} must be one of {', '.join(map(str, args))}, got {value!r}")
+        raise HRSError(f"{where} must be one of {', '.join(map(str, args))}, got {shown(value)}")
     if origin in (typing.Union, types.UnionType):
         if value is None or value == "none":
             return None
@@ -126,26 +137,30 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
-            raise HRSError(f"{where} must be a JSON object with the fields of {hint.__name__}, got {value!r}")
+            raise HRSError(f"{where} must be a JSON object with the fields of {hint.__name__}, got {shown(value)}")
         return from_dict(hint, value, where + ".")
     return _coerce_scalar(hint, value, where)
 
 
 def _coerce_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    wrong = HRSError(f"{where} must be a comma-separated list or JSON list, got {shown(value)}")
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.startswith("[") else [v for v in value.split(",") if v]
-        except json.JSONDecodeError as error:
-            raise HRSError(f"{where} must be a comma-separated list or JSON, got {value!r}") from error
+        except (ValueError, RecursionError):
+            raise wrong from None
+    if not isinstance(value, list | tuple):
+        raise wrong
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_coerce(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if len(value) != len(args):
+        raise HRSError(f"{where} must be a list of {len(args)} values, got {shown(value)}")
     return tuple(_coerce(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(args, value, strict=True)))
 
 
 def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
-    wrong = HRSError(
-        f"{where} must be {'true or false' if hint is bool else f'a value of type {hint.__name__}'}, got {value!r}"
-    )
+    kind = "true or false" if hint is bool else f"a value of type {hint.__name__}"
+    wrong = HRSError(f"{where} must be {kind}, got {shown(value)}")
     if hint is bool:
         truth = {"true": True, "false": False}.get(str(value).lower())
         if truth is None:
@@ -154,12 +169,14 @@ def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is str:
         if not isinstance(value, str):
             raise wrong
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise HRSError(f"{where} must be UTF-8 text, got {shown(value)}")
         return value
     if isinstance(value, bool):
         raise wrong
     try:
         number = hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if hint is int and isinstance(value, float) and value != number:
         raise wrong

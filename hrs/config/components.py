@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hrs.config.checks import require_at_least, require_within
-from hrs.errors import HRSError
+from hrs.config.checks import require_at_least, require_finite, require_within
+from hrs.errors import HRSError, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
     """Per-layer soft router over the tiers (Gumbel-softmax, Jang et al. 2017)."""
+
+    PLACE = "model.router."
 
     hidden: int = 64
     """Width of the router's hidden layer."""
@@ -31,7 +33,9 @@ class RouterConfig:
     """Temporal routing consistency: causal mean of the router's logits over this many tokens; 0 is off."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, hidden=1, temperature_start=1e-6, temperature_end=1e-6, trc_window=0, hub_exponent=0.0)
+        require_finite(self)
+        require_at_least(self, hidden=1, trc_window=0, balance_weight=0.0)
+        require_within(self, temperature_start=(1e-6, 1e6), temperature_end=(1e-6, 1e6), hub_exponent=(0.0, 100.0))
         require_within(self, temperature_decay_frac=(0.0, 1.0))
 
 
@@ -41,6 +45,8 @@ TIER_NAMES = ("conv", "expert", "peer", "attention", "sink")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TierConfig:
     """Parallel paths that the router mixes in place of the MLP, cheapest idea first."""
+
+    PLACE = "model.tiers."
 
     names: tuple[str, ...] = ("conv", "expert", "attention", "sink")
     """Which tiers exist, in routing order."""
@@ -58,11 +64,14 @@ class TierConfig:
     """Below 1: tiers see softplus of their input with only this share of its largest entries kept."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         unknown = [n for n in self.names if n not in TIER_NAMES]
         if unknown or not self.names or len(set(self.names)) != len(self.names):
-            raise HRSError(f"tiers.names must be distinct names out of {', '.join(TIER_NAMES)}, got {self.names}")
+            raise HRSError(
+                f"tiers.names must be distinct names out of {', '.join(TIER_NAMES)}, got {shown(self.names)}"
+            )
         require_at_least(self, conv_kernel=1, n_experts=1, expert_hidden=1)
-        require_within(self, input_density=(0.0, 1.0))
+        require_within(self, n_experts=(1, 2**16), input_density=(0.0, 1.0))
         if self.sink_rescale and "sink" not in self.names:
             raise HRSError("tiers.sink_rescale needs the sink tier in tiers.names")
 
@@ -73,6 +82,8 @@ EngramKind = Literal["none", "window", "recurrence", "running", "memory", "retri
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngramConfig:
     """Summaries of hidden states that later blocks may read."""
+
+    PLACE = "model.engram."
 
     kind: EngramKind = "none"
     """``window``: extra keys and values, visible once their window is complete. ``recurrence``: those, and the engrams
@@ -111,8 +122,10 @@ class EngramConfig:
     """``memory``: share of a slot that an update keeps."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, window=1, per_window=1, history_windows=1, synapse_hidden=1, slots=1, slot_updates=1)
-        require_within(self, dropout=(0.0, 1.0), slot_decay=(0.0, 1.0))
+        require_at_least(self, recon_weight=0.0)
+        require_within(self, dropout=(0.0, 1.0), slot_decay=(0.0, 1.0), extract_after=(-1000, 999))
         if self.kind == "retrieved" and self.as_original:
             raise HRSError("engram.as_original has no meaning for engram.kind=retrieved, which is new: leave it out")
         for name in ("remember_gate", "synapse"):
@@ -127,6 +140,8 @@ class EngramConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerConfig:
     """Parameter-efficient expert retrieval: a layer of single-neuron experts found by product keys (He 2024)."""
+
+    PLACE = "model.peer."
 
     mode: Literal["hrs", "paper"] = "hrs"
     """``hrs``: experts as wide as a head, sigmoid, both sides scored with the whole query, heads concatenated.
@@ -143,7 +158,9 @@ class PeerConfig:
     """Allocate the LayerNorm that the original kept and never used when PEER is a block's only feed-forward."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, sub_keys=2, n_heads=1, top_k=1)
+        require_finite(self)
+        require_at_least(self, n_heads=1, top_k=1)
+        require_within(self, sub_keys=(2, 2**16))
         if self.top_k > self.sub_keys:
             raise HRSError(f"peer.top_k {self.top_k} must not exceed peer.sub_keys {self.sub_keys}")
 
@@ -151,6 +168,8 @@ class PeerConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
     """How queries and keys are compared, and how they know where they are."""
+
+    PLACE = "model.attention."
 
     kernel: Literal["dot", "exponential", "mlp", "random_projection", "l1", "sin_product", "soft_rank"] = "dot"
     """Score of a query and a key before the softmax."""
@@ -160,12 +179,15 @@ class AttentionConfig:
     """Width that ``mlp`` and ``random_projection`` project queries and keys to."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, features=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CategoryConfig:
     """A head that names the topic of a whole window from the mean of its final states."""
+
+    PLACE = "model.category."
 
     enabled: bool = False
     """Whether the head exists."""
@@ -178,12 +200,15 @@ class CategoryConfig:
     drift, so that labels belong to other articles."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, weight=0.0, n_classes=2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TestTimeMemoryConfig:
     """A second predictor that learns the text while it reads it, mixed with the model's own."""
+
+    PLACE = "model.test_time_memory."
 
     __test__ = False  # not a test, whatever its name begins with
 
@@ -197,12 +222,15 @@ class TestTimeMemoryConfig:
     """Hidden width of the network that mixes the two predictions."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, chunk=1, key_width=1, router_hidden=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalityConfig:
     """Second head: InfoNCE between nearby positions on the output of every block (van den Oord et al. 2018)."""
+
+    PLACE = "model.locality."
 
     enabled: bool = False
     """Whether the locality projection exists."""
@@ -218,4 +246,5 @@ class LocalityConfig:
     """Temperature of the cosine similarities."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, window=2, n_anchors=1, n_negatives=1, temperature=1e-6)
+        require_finite(self)
+        require_at_least(self, weight=0.0, window=2, n_anchors=1, n_negatives=1, temperature=1e-6)

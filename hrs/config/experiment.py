@@ -1,17 +1,20 @@
 """Data, training and evaluation: with the model, everything that decides a run's numbers."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hrs.config.checks import require_at_least, require_within
+from hrs.config.checks import LARGEST_SEED, require_at_least, require_finite, require_within
 from hrs.config.model import ModelConfig
 from hrs.config.retrieval import RetrievalConfig
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Which text, cut into which tokens."""
+
+    PLACE = "data."
 
     corpus: str = "wiki-mini"
     """``wiki-mini``, ``bbc``, ``wikitext-103``, ``hf:NAME[:CONFIG]``, ``text:``, ``jsonl:`` or ``parquet:PATH``."""
@@ -22,6 +25,8 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
     """Learning rate over the run, as shares of all steps, so that one schedule fits every scale."""
+
+    PLACE = "training.schedule."
 
     shape: Literal["cosine", "wsd", "cosine_hold_linear"] = "cosine"
     """``cosine`` to the floor; ``wsd``: warm-up, stable, linear decay; ``cosine_hold_linear``: the warm-up times
@@ -38,6 +43,7 @@ class ScheduleConfig:
     """Share held at the floor before the final decay (``cosine_hold_linear``)."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, peak_lr=0.0)
         require_within(self, warmup_frac=(0, 1), floor_frac=(0, 1), decay_frac=(0, 1), hold_frac=(0, 1))
         tail = {"cosine": 0.0, "wsd": self.decay_frac, "cosine_hold_linear": self.decay_frac + self.hold_frac}
@@ -48,6 +54,8 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseConfig:
     """A stretch of training with its own learning-rate multiplier per parameter group."""
+
+    PLACE = "training.phases: "
 
     name: str
     """Shown in logs and plots."""
@@ -60,10 +68,25 @@ class PhaseConfig:
     reinitialise: tuple[str, ...] = ()
     """Parameters drawn anew, N(0, 0.02), at the first step of this phase."""
 
+    def __post_init__(self) -> None:
+        require_within(self, frac=(0, 1))
+        groups = [group for group, _ in self.multipliers]
+        if len(set(groups)) != len(groups):
+            raise HRSError(f"training.phases: phase {shown(self.name)} gives a group two multipliers")
+        if wrong := [(group, value) for group, value in self.multipliers if not 0 <= value < math.inf]:
+            raise HRSError(
+                f"training.phases: the multiplier of group {shown(wrong[0][0])} must be finite and not negative, "
+                f"got {wrong[0][1]}"
+            )
+        if "" in (*self.freeze, *self.reinitialise):
+            raise HRSError(f"training.phases: phase {shown(self.name)} names a parameter without letters")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+
+    PLACE = "training.optimizer."
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -81,13 +104,16 @@ class OptimizerConfig:
     smaller where few rows are hit, slower where many are."""
 
     def __post_init__(self) -> None:
-        require_within(self, beta1=(0, 1), beta2=(0, 1))
-        require_at_least(self, eps=0.0, weight_decay=0.0, clip_norm=0.0)
+        require_finite(self)
+        require_within(self, beta1=(0, 0.999999), beta2=(0, 0.999999))
+        require_at_least(self, eps=1e-30, weight_decay=0.0, clip_norm=0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AveragingConfig:
     """Exponential moving averages (EMA) of the weights beside the ones that learn (Polyak & Juditsky 1992)."""
+
+    PLACE = "training.averaging."
 
     decays: tuple[float, ...] = ()
     """One average for each, updated after every optimiser step; empty is off."""
@@ -98,6 +124,7 @@ class AveragingConfig:
     at any validation. ``last``: the first decay's at the last step."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_within(self, start_frac=(0, 1))
         if wrong := [d for d in self.decays if not 0 < d < 1]:
             raise HRSError(f"training.averaging.decays must lie between 0 and 1, got {wrong[0]:g}")
@@ -109,6 +136,8 @@ class AveragingConfig:
 class SharingConfig:
     """Several workers that learn from parts of each batch."""
 
+    PLACE = "training.sharing."
+
     workers: int = 1
     """Processes; each takes an equal part of every batch. The mean of their gradients is the gradient of the batch, so
     without ``unshared`` a run has the same result, up to rounding, for every number of workers."""
@@ -116,6 +145,7 @@ class SharingConfig:
     """Parameter groups that learn from the first worker's part only, while all others get the mean."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, workers=1)
         if self.unshared and self.workers == 1:
             raise HRSError("training.sharing.unshared needs training.sharing.workers above 1: there is only one part")
@@ -124,6 +154,8 @@ class SharingConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """What the optimiser sees, step by step."""
+
+    PLACE = "training."
 
     steps: int = 50_000
     """Optimiser steps."""
@@ -147,6 +179,7 @@ class TrainingConfig:
     """Empty: one phase in which every multiplier is 1."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, steps=1, batch_sequences=1, validations=0, validation_windows=0)
         require_within(self, label_smoothing=(0, 1))
         if self.batch_sequences % self.sharing.workers:
@@ -163,10 +196,13 @@ class TrainingConfig:
 class EvaluationConfig:
     """How the final numbers are taken."""
 
+    PLACE = "evaluation."
+
     stride_frac: float = 0.5
     """Step between evaluation windows as a share of max_seq_len: 0.5 gives every token at least half a context."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_within(self, stride_frac=(1e-6, 1))
 
 
@@ -181,6 +217,9 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require_within(self, seed=(0, LARGEST_SEED))
 
     @property
     def tokens_per_step(self) -> int:

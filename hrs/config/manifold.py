@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hrs.config.checks import require_at_least, require_within
+from hrs.config.checks import LARGEST_SEED, require_at_least, require_finite, require_within
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeometryConfig:
     """How coordinates of tokens are computed from the training text, before any learning."""
+
+    PLACE = "model.manifold.geometry."
 
     definition: Literal["clean", "as_built"] = "clean"
     """``as_built``: with the original's couplings, windows across documents and sampled energies."""
@@ -31,9 +33,9 @@ class GeometryConfig:
     """Of starting positions and samples. Not the run's: all seeds of a study share one geometry."""
 
     def __post_init__(self) -> None:
-        require_at_least(
-            self, dimensions=2, steps=1, partners=0, modes=1, directional=0, syntactic=0, neighbours=1, seed=0
-        )
+        require_finite(self)
+        require_at_least(self, dimensions=2, steps=1, partners=0, modes=1, directional=0, syntactic=0, neighbours=1)
+        require_within(self, seed=(0, LARGEST_SEED))
 
     @property
     def n_coordinates(self) -> int:
@@ -43,6 +45,8 @@ class GeometryConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ManifoldConfig:
     """What the manifold-guided network has besides its sizes; its hops are ``n_layers``."""
+
+    PLACE = "model.manifold."
 
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     source: Literal["corpus", "permuted", "random", "none"] = "corpus"
@@ -62,5 +66,6 @@ class ManifoldConfig:
     """Logits are bounded by softcap * tanh(logits / softcap); 0 is off."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, recency=1e-6, confidence_tokens=1, temperature=0.0, softcap=0.0)
         require_within(self, transport_share=(0.0, 1.0))

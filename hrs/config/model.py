@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hrs.config.checks import require_at_least, require_within
+from hrs.config.checks import require_at_least, require_finite, require_within
 from hrs.config.components import (
     AttentionConfig,
     CategoryConfig,
@@ -15,7 +15,7 @@ from hrs.config.components import (
     TierConfig,
 )
 from hrs.config.manifold import ManifoldConfig
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 
 FEED_FORWARDS = ("mlp", "tiers", "peer")
 
@@ -23,6 +23,8 @@ FEED_FORWARDS = ("mlp", "tiers", "peer")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Shape and composition of one language model."""
+
+    PLACE = "model."
 
     family: Literal["hrs", "manifold"] = "hrs"
     """``hrs``: a transformer of blocks, all fields but ``manifold``. ``manifold``: hops over a frozen geometry of
@@ -64,14 +66,16 @@ class ModelConfig:
     manifold: ManifoldConfig = field(default_factory=ManifoldConfig)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, vocab_size=2, n_layers=1, n_heads=1, d_model=2, d_ff=1, max_seq_len=2)
-        require_within(self, dropout=(0.0, 1.0))
+        require_within(self, n_layers=(1, 1000), d_model=(2, 2**20), dropout=(0.0, 0.999), rope_base=(1.0, 1e12))
+        require_at_least(self, conv_blocks=0)
         if self.d_model % (2 * self.n_heads):
             raise HRSError(f"d_model {self.d_model} must be a multiple of 2 * n_heads = {2 * self.n_heads}")
         unknown = [part for part in self.feed_forward if part not in FEED_FORWARDS]
         if unknown or not self.feed_forward or len(set(self.feed_forward)) != len(self.feed_forward):
             raise HRSError(
-                f"feed_forward must be distinct names out of {', '.join(FEED_FORWARDS)}, got {self.feed_forward}"
+                f"feed_forward must be distinct names out of {', '.join(FEED_FORWARDS)}, got {shown(self.feed_forward)}"
             )
         if not 0 <= self.conv_blocks <= self.n_layers:
             raise HRSError(f"conv_blocks must lie between 0 and n_layers {self.n_layers}, got {self.conv_blocks}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hrs.config.checks import require_at_least
+from hrs.config.checks import require_at_least, require_finite
 from hrs.errors import HRSError
 
 
@@ -14,6 +14,8 @@ class RetrievalConfig:
     A finished run, the base, encodes the training text in chunks. Keys of chunks find neighbours, values of neighbours
     are the slots that a window reads, and the base's weights are those that training starts from.
     """
+
+    PLACE = "training.retrieval."
 
     base: str = ""
     """Key of the base's run; empty is off."""
@@ -39,6 +41,7 @@ class RetrievalConfig:
     those tokens. ``means``: mean states of equal parts."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_at_least(self, chunk_tokens=2, neighbours=1, span=1)
         if bool(self.base) != bool(self.fingerprint):
             raise HRSError(

@@ -15,6 +15,12 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 
+def require_split(name: str) -> None:
+    """Raise HRSError for a name that is no split's."""
+    if name not in SPLITS:
+        raise HRSError(f"unknown split {shown(name)}: choose one of {', '.join(SPLITS)}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """One text that is never cut between splits."""

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from hrs.config import DataConfig
 from hrs.data.build import MANIFEST, TOKENIZER, write_store
 from hrs.data.corpora import load_corpus
-from hrs.data.documents import SPLITS, Corpus, SplitName
+from hrs.data.documents import SPLITS, Corpus, SplitName, require_split
 from hrs.data.tokenization import end_of_text_id, load_tokenizer, token_bytes
 from hrs.errors import HRSError
 from hrs.files import built_once, read_manifest, whole_folder
@@ -90,8 +90,7 @@ class TokenStore:
         Raises:
             HRSError: if there is none.
         """
-        if name not in SPLITS:
-            raise HRSError(f"unknown split '{name}': choose one of {', '.join(SPLITS)}")
+        require_split(name)
         split: TokenSplit = getattr(self, name)
         return split
 

@@ -1,10 +1,12 @@
 """From a preset, a scale, a seed and overrides to one experiment."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hrs.config import ExperimentConfig, flatten, override
-from hrs.errors import HRSError
+from hrs.config.checks import LARGEST_SIZE
+from hrs.errors import HRSError, shown
 from hrs.presets.lineage import lineage
 from hrs.presets.preset import Preset, Relative
 from hrs.presets.scales import get_scale
@@ -49,9 +51,12 @@ def vocabulary_size(tokenizer: str) -> int:
     kind, _, size = tokenizer.partition(":")
     if tokenizer == "gpt2":
         return GPT2_VOCABULARY
-    if kind == "bpe" and size.isdecimal() and int(size) > 256:
+    if kind == "bpe" and re.fullmatch(r"[0-9]{1,9}", size) and 256 < int(size) <= LARGEST_SIZE:
         return int(size)
-    raise HRSError(f"unknown tokenizer '{tokenizer}': choose gpt2, or bpe:N with N above 256 (every byte needs an id)")
+    raise HRSError(
+        f"unknown tokenizer {shown(tokenizer)}: choose gpt2, or bpe:N with N above 256 (every byte needs an id) and at "
+        f"most {LARGEST_SIZE:,}"
+    )
 
 
 class Difference(NamedTuple):

@@ -49,6 +49,8 @@ class Database:
     """
 
     def __init__(self, url: URL) -> None:
+        self.url = url.render_as_string(hide_password=False)
+        """For another process that should open it, too."""
         self.name = url.render_as_string(hide_password=True)
         try:
             self.engine = _engine(url)

@@ -49,6 +49,14 @@ class Worker:
         self._file: IO[str] = self._path.open("w")
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the locked file, for a child process that shall keep it locked."""
+        return self._file.fileno()
+
+    def hand_over(self) -> None:
+        """Close this process's descriptor; the lock is held as long as a child has one."""
+        self._file.close()
+
     def close(self) -> None:
         """Unlock and remove the file."""
         self._path.unlink(missing_ok=True)

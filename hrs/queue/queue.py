@@ -13,7 +13,7 @@ its stage; what its holder does afterwards counts only while the token is the st
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -261,13 +261,13 @@ class Queue:
             change(connection, claim.stage.key, [State.RUNNING], State.FINISHED, self.now(), n_lost=0)
             release(connection, claim.stage.key, self.now(), finished=True)
 
-    def give_up(self, claim: Claim, outcome: Outcome, message: str, *, next_rung: int | None = None) -> State:
+    def give_up(self, claim: Claim, outcome: Outcome, message: str, *, resources: Resources | None = None) -> State:
         """End an attempt that did not finish its stage; returns the stage's new state.
 
         Args:
             outcome: decides what follows. Lost stages are queued again after a pause, at most :data:`MOST_LOST` times
-                in a row; failed ones are not. Too large ones go to ``next_rung`` of the ladder, or are infeasible
-                without one. Preempted ones are queued again, paused or cancelled, as is wanted of them.
+                in a row; failed ones are not. Too large ones are queued with other ``resources``, or are infeasible
+                without. Preempted ones are queued again, paused or cancelled, as is wanted of them.
             message: one sentence for people.
 
         Raises:
@@ -277,7 +277,7 @@ class Queue:
         with self.holding(claim) as connection:
             self._end(connection, claim, outcome, message)
             row = connection.execute(select(stages).where(stages.c.key == claim.stage.key)).one()
-            target, also = _after(row, outcome, next_rung, now)
+            target, also = _after(row, outcome, resources, now)
             change(connection, claim.stage.key, [State.RUNNING], target, now, message, **also)
         return target
 
@@ -300,6 +300,27 @@ class Queue:
         )
         with self.database.read() as connection:
             return [_attempt(row) for row in connection.execute(query)]
+
+    def open_claim(self, attempt: int) -> Claim:
+        """Return the claim of an attempt that has not ended: the right that another process has got for this one.
+
+        Raises:
+            LeaseLost: if it has ended.
+        """
+        for found in self.open_attempts():
+            if found.claim.attempt == attempt:
+                return found.claim
+        raise LeaseLost(f"attempt {attempt} has ended before it began")
+
+    def note_death(self, claim: Claim, message: str) -> None:
+        """Give up an attempt whose process has ended, if it did not say itself how."""
+        with suppress(LeaseLost):
+            self.give_up(claim, Outcome.LOST, message)
+
+    def rule_out(self, key: str, message: str) -> None:
+        """Note that a queued stage fits nowhere."""
+        with self.database.write() as connection:
+            change(connection, key, [State.QUEUED], State.INFEASIBLE, self.now(), message)
 
     # ---- results that were there, or are gone ------------------------------------------------------------------------
 
@@ -479,7 +500,7 @@ def open_queue(root: Path) -> Queue:
     return Queue(Database(queue_url(root)))
 
 
-def _after(row: Row[Any], outcome: Outcome, next_rung: int | None, now: float) -> tuple[State, dict[str, Any]]:
+def _after(row: Row[Any], outcome: Outcome, resources: Resources | None, now: float) -> tuple[State, dict[str, Any]]:
     """Return the state of a stage after an attempt that did not finish it, and further columns to set."""
     resting = resting_state(row.n_missing, Wanted(row.wanted))
     if outcome is Outcome.PREEMPTED:
@@ -490,7 +511,9 @@ def _after(row: Row[Any], outcome: Outcome, next_rung: int | None, now: float) -
             return State.FAILED, {"n_lost": n_lost}
         return resting, {"n_lost": n_lost, "not_before": now + FIRST_BACK_OFF_SECONDS * 2 ** (n_lost - 1)}
     if outcome is Outcome.TOO_LARGE:
-        return (State.INFEASIBLE, {}) if next_rung is None else (resting, {"rung": next_rung})
+        if resources is None:
+            return State.INFEASIBLE, {}
+        return resting, {"rung": row.rung + 1, "resources": _to_json(resources)}
     if outcome is Outcome.FAILED:
         return State.FAILED, {}
     raise ValueError(f"an attempt that is given up is not {outcome}")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import hrs.generation
 from hrs import strict_json
-from hrs.data.documents import SPLITS
+from hrs.data.documents import require_split
 from hrs.data.store import TokenStore
 from hrs.errors import HRSError
 from hrs.identity import code_fingerprint, code_version
@@ -56,8 +56,7 @@ class GatedPlan:
     """A fixed threshold instead, without a release, as in the original."""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise HRSError(f"unknown split '{self.split}': choose one of {', '.join(SPLITS)}")
+        require_split(self.split)
         if not 0 <= self.quantile <= 1:
             raise HRSError(f"the quantile of a gate must lie between 0 and 1, got {self.quantile:g}")
         if self.documents is not None and self.documents < 1:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from hrs.storage import Storage
 from hrs.tracking.crash import why_it_ended
 from hrs.tracking.history import Tracked
 from hrs.tracking.logger import Outcome, RunLogger, close_run, storable
+from hrs.tracking.names import require_study_name
 from hrs.tracking.owner import is_alive, this_process
 from hrs.tracking.reading import missing_record, read_record, status_of
 from hrs.tracking.store import connect, open_history, store_lock
@@ -89,7 +89,7 @@ class Tracker:
             samples: what a search drew for the runs, by key.
             command: what a reader types to make these runs again; kept with the study, once.
         """
-        _require_name(name)
+        require_study_name(name)
         made = {key: _entry(config, (samples or {}).get(key, {})) for key, config in runs.items()}
         self.connect()  # before the lock, which making a store takes too
         with store_lock(self._storage):
@@ -412,12 +412,6 @@ def _as_tag(commands: list[str]) -> str:
     while len(text := strict_json.dumps(commands)) > _TAG_CHARACTERS and len(commands) > 1:
         commands = commands[1:]
     return text
-
-
-def _require_name(name: str) -> None:
-    """Refuse a name that no folder or query could hold."""
-    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
-        raise HRSError(f"study name {name!r} must be at most 100 letters, digits, '_', '.', '+' or '-'")
 
 
 def _has_living_owner(run: Tracked, other_than_this: bool = False) -> bool:

@@ -31,7 +31,7 @@ from hrs.training.checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from hrs.training.interval import IntervalMeans
 from hrs.training.memory import fit_micro_batch
 from hrs.training.optimizer import build_optimizer, set_rates
-from hrs.training.phases import Phase, check_phases, enter_phase, phase_at, phases_of
+from hrs.training.phases import Phase, enter_phase, phase_at, phases_of
 from hrs.training.progress import Progress, TrainingSummary, memory_in_use_bytes
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.requirements import require_trainable
@@ -136,7 +136,6 @@ class _Run:
         self.labels = token_labels(store, "train", model.category) if self.model.n_categories else None
         self.optimizer = build_optimizer(self.model, training.optimizer)
         self.phases = phases_of(training.phases, training.steps)
-        check_phases(self.phases, self.model)
         if runtime.activation_checkpointing:
             checkpoint_activations(self.model)
         averaging = training.averaging if self.first else AveragingConfig()

@@ -2,14 +2,33 @@
 
 from pathlib import Path
 
+import torch
+
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore
 from hrs.errors import HRSError
+from hrs.models import build_model
 from hrs.models.geometry import TokenGeometry
 from hrs.training.checkpoint import latest_checkpoint
+from hrs.training.phases import check_phases, phases_of
 from hrs.training.retrieval import TrainingMemories
 from hrs.training.runtime import Runtime
 from hrs.training.sharing import Workers
+
+
+def require_consistent(config: ExperimentConfig) -> None:
+    """Raise HRSError for a config that no text, device or checkpoint makes trainable; needs none of them."""
+    retrieval, kind = config.training.retrieval, config.model.engram.kind
+    if bool(retrieval.base) != (kind == "retrieved"):
+        raise HRSError(
+            f"engram.kind={kind} and training.retrieval.base='{retrieval.base}' do not fit: a model that reads "
+            "memories needs the run whose engrams find them, and no other model does; jobs/retrieval_study.py sets both"
+        )
+    if retrieval.memory == "shuffled" and config.training.batch_sequences < 2:
+        raise HRSError("training.retrieval.memory=shuffled needs training.batch_sequences of 2 or more windows")
+    if config.training.phases:
+        with torch.device("meta"):
+            check_phases(phases_of(config.training.phases, config.training.steps), build_model(config.model))
 
 
 def require_trainable(
@@ -43,16 +62,8 @@ def require_trainable(
             "a new run of family manifold reads the geometry of its tokens and none was given: "
             "compute it from the training text first and pass it to train()"
         )
-    _require_memories(config, memories)
-
-
-def _require_memories(config: ExperimentConfig, memories: TrainingMemories | None) -> None:
-    retrieval, kind = config.training.retrieval, config.model.engram.kind
-    if bool(retrieval.base) != (kind == "retrieved"):
-        raise HRSError(
-            f"engram.kind={kind} and training.retrieval.base='{retrieval.base}' do not fit: a model that reads "
-            "memories needs the run whose engrams find them, and no other model does; jobs/retrieval_study.py sets both"
-        )
+    require_consistent(config)
+    retrieval = config.training.retrieval
     if retrieval.base and memories is None:
         raise HRSError(
             f"training.retrieval.base={retrieval.base} needs the memories of that run and none were given: build its "
@@ -63,5 +74,3 @@ def _require_memories(config: ExperimentConfig, memories: TrainingMemories | Non
             f"training.retrieval.fingerprint is {retrieval.fingerprint or 'empty'} and the memories given are those of "
             f"a base with {memories.fingerprint}: give those of the run that the config names"
         )
-    if retrieval.memory == "shuffled" and config.training.batch_sequences < 2:
-        raise HRSError("training.retrieval.memory=shuffled needs training.batch_sequences of 2 or more windows")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import sysconfig
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 from hrs.gpu import gpu_of, open_gpu
 
 _log = logging.getLogger(__name__)
@@ -62,10 +63,10 @@ class Runtime:
             "memory_limit_bytes",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise HRSError(f"runtime.{name} must be at least 1, got {value}")
-        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
-            raise HRSError(f"runtime.checkpoint_minutes must be above 0, got {self.checkpoint_minutes}")
+            if value is not None and not 1 <= value < 2**63:
+                raise HRSError(f"runtime.{name} must be at least 1 and fit 64 bits, got {shown(value)}")
+        if self.checkpoint_minutes is not None and not 0 < self.checkpoint_minutes < math.inf:
+            raise HRSError(f"runtime.checkpoint_minutes must be above 0 and finite, got {self.checkpoint_minutes}")
         if self.checkpoint_minutes is not None and self.checkpoint_every is not None:
             raise HRSError("checkpoints are written by minutes or by steps: set checkpoint_minutes or checkpoint_every")
 

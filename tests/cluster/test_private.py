@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -22,7 +23,8 @@ import ray  # before the environment of the private Ray is set
 from hrs.cluster.preflight import connect
 connect()
 print(ray._private.worker._global_node.get_temp_dir_path(), flush=True)
-sys.stdin.read()
+if sys.stdin.read():
+    os.kill(os.getpid(), 9)
 """
 
 
@@ -42,6 +44,21 @@ def test_private_ray_is_closed_even_if_the_environment_says_otherwise(tmp_path: 
         assert refused >= {"gcs_server", "raylet", "object manager", "worker", "agent", "http"}
         process.stdin.close()
     assert process.returncode == 0
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_private_ray_leaves_nothing_behind_if_its_owner_is_killed() -> None:
+    command = [sys.executable, "-c", CONNECTED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        folder = Path(process.stdout.readline().strip())
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert {"gcs_server", "raylet", "ray::DashboardAgent"} <= {member.name() for member in family}
+        process.stdin.write("die")
+        process.stdin.close()
+    assert process.returncode == -signal.SIGKILL
+    assert not psutil.wait_procs(family, timeout=30)[1], "Ray's agents alone try for a minute to reach the GCS"
     assert not folder.exists()
 
 

@@ -52,12 +52,56 @@ def sentence_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (("ablation_sweep", "--presets", "dense_baseline,nope"), ("unknown preset 'nope'",)),
         (("ablation_sweep", "--seeds", "0"), ("--seeds",)),
         (("lr_search", "--preset", "dense_baseline", "--samples", "0"), ("--samples",)),
+        (("lr_search",), ("--preset", "required")),
+        (("hrs", "train", "dense_baseline", "--seed", "-1"), ("--seed",)),
+        (("hrs", "train", "dense_baseline", "--seed", "1" + "0" * 23), ("--seed",)),
+        (("hrs", "train", "dense_baseline", "--set", "seed=7"), ("seed cannot be overridden",)),
+        (("hrs", "train", "dense_baseline", "--set", "model.rope_base=0"), ("model.rope_base must lie between 1",)),
+        (("hrs", "train", "dense_baseline", "--set", "training.schedule.peak_lr=nan"), ("peak_lr must be finite",)),
+        (("hrs", "train", "dense_baseline", "--corpus", "text:~nosuchuser/a.txt"), ("~nosuchuser",)),
+        (("hrs", "train", "dense_baseline", "--threads", "1" + "0" * 23), ("--threads",)),
+        (("hrs", "train"), ("preset", "hrs train --help")),
+        (("hrs", "evaluate", "/nowhere", "--save", __file__), ("--save", "is a file")),
+        (("hrs", "evaluate", "/nowhere", "--split", "dev"), ("unknown split 'dev'",)),
+        (("hrs", "export", "/nowhere", "--output", "/"), ("--output", "/")),
+        (("hrs", "export", "/nowhere", "--bits", "9"), ("--bits",)),
+        (("hrs", "ui", "--port", "99999"), ("--port",)),
+        (("hrs", "serve", "/nowhere", "--port", "0"), ("--port",)),
+        (("hrs", "generate", "/nowhere", "--temperature", "nan"), ("temperature must lie between",)),
+        (("ablation_sweep", "--seeds", "3", "--set", "seed=7"), ("seed cannot be overridden", "--seeds")),
+        (("ablation_sweep", "--seeds", "1" + "0" * 23), ("--seeds: must lie between 1 and 10,000",)),
+        (("ablation_sweep", "--presets", "full_hrs,full_hrs"), ("'full_hrs' is named twice",)),
+        (("ablation_sweep", "--name", "a/b"), ("study name 'a/b-tiny'",)),
+        (("ablation_sweep", "--checkpoint-minutes", "nan"), ("--checkpoint-minutes",)),
+        (("ablation_sweep", "--gpus", "1xnan", "--dry-run"), ("'1xnan' describes no GPUs",)),
+        (("ablation_sweep", "--gpus", "999999999999x24", "--dry-run"), ("describes no GPUs",)),
+        (("ablation_sweep", "--frobnicate"), ("--frobnicate", "--help")),
     ],
 )
 def test_a_mistake_is_one_sentence(words: tuple[str, ...], parts: tuple[str, ...], sentence_of: Sentence) -> None:
     sentence = sentence_of(*words)
     for part in parts:
         assert part in sentence
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--presets", "dense_retrieved"),
+        ("--set", 'training.phases=[{"name": "a", "frac": 1, "freeze": ["no.such"]}]'),
+        ("--set", "training.batch_sequences=0"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(words: tuple[str, ...], sentence_of: Sentence) -> None:
+    assert sentence_of("ablation_sweep", *words) == sentence_of("ablation_sweep", *words, "--dry-run")
+
+
+@pytest.mark.parametrize("home", ["~nosuchuser/store", "/proc/version/store"])
+def test_a_storage_that_cannot_be_is_one_sentence(
+    home: str, sentence_of: Sentence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HRS_STORAGE", home)
+    assert "HRS_STORAGE" in sentence_of("hrs", "report", "v1-tiny")
 
 
 def test_an_empty_corpus_is_one_sentence(sentence_of: Sentence, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,9 +50,9 @@ def run_directory(small_corpus: Path, storage: Path) -> Path:
     torch.manual_seed(0)
     model = build_model(config.model)
     directory = storage / "runs" / "tiny"
-    state = {"step": 1, "config": config_as_json(config)}
+    tokens = open_tokens(config.data, storage / "tokens")
+    state = {"step": 1, "config": config_as_json(config), "data": tokens.fingerprint}
     save_checkpoint(directory, model, torch.optim.AdamW(model.parameters()), state, torch.device("cpu"))
-    open_tokens(config.data, storage / "tokens")
     return directory
 
 
@@ -412,7 +413,8 @@ def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, stora
         options = {"model": "tiny", "prompt": "The", "max_tokens": 2000, "n": 8, "temperature": 0}
         stream = client.completions.create(**options, stream=True)
         next(stream)
-        command.process.send_signal(signal.SIGTERM)
+        for process in (*family, psutil.Process(command.process.pid)):  # as a service manager does it
+            process.send_signal(signal.SIGTERM)
         newcomers = Newcomers(command)
         newcomers.wait_until_told()
         time.sleep(5)  # the replica is done long before a client that reads late
@@ -431,9 +433,13 @@ def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, stora
     assert not re.search("INFO|raylet|Error|Traceback", said), said
 
 
-def test_only_the_endpoint_is_open(run_directory: Path, storage: Path, tmp_path: Path) -> None:
-    """Nobody else can use the Ray of the command: it would run code as the user."""
-    with Command(run_directory, storage, "--name", "tiny", "--host", "::1") as command:
+def test_only_the_endpoint_is_open_and_it_ends_when_no_replica_can_live(
+    run_directory: Path, storage: Path, tmp_path: Path
+) -> None:
+    """Nobody else can use the Ray of the command: it would run code as the user. Then its model is taken away."""
+    model = tmp_path / "run"
+    shutil.copytree(run_directory, model)
+    with Command(model, storage, "--name", "tiny", "--host", "::1") as command:
         root = psutil.Process(command.process.pid)
         kinds = require_closed(root, tmp_path / "mark", own_ports={command.port})
         assert kinds >= {"gcs_server", "raylet", "object manager", "worker", "agent", "replica", "http"}
@@ -443,7 +449,21 @@ def test_only_the_endpoint_is_open(run_directory: Path, storage: Path, tmp_path:
         asked = {"model": "tiny", "prompt": "The", "max_tokens": 3, "temperature": 0}
         made = httpx.post(f"http://[::1]:{command.port}/v1/completions", json=asked, timeout=60).json()
         assert made["usage"]["completion_tokens"] == 3
-        command.end(signal.SIGTERM)
+        model.rename(tmp_path / "moved")
+        command.replica().kill()
+        statuses = Counter()
+        with contextlib.suppress(httpx.TransportError):  # it ends
+            while True:
+                statuses[
+                    httpx.post(f"http://[::1]:{command.port}/v1/completions", json=asked, timeout=30).status_code
+                ] += 1
+                time.sleep(0.1)
+        assert set(statuses) <= {200, 500, 503} and statuses[503] > 10, statuses
+        assert command.process.wait() == 2
+    assert command.said[-1] == (
+        f"error: no process of the model can be started: there is no model at {model}: give a run's directory, an "
+        "artifact, or mlflow:NAME@ALIAS\n"
+    )
     assert f"endpoint:  http://[::1]:{command.port}/v1" in "".join(command.said)
 
 
@@ -493,7 +513,7 @@ def test_replies_that_are_cut_off_are_told_so(run_directory: Path, storage: Path
         newcomers.were_told()
 
 
-def test_a_mistake_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+def test_a_mistake_is_one_sentence_before_anything_starts(run_directory: Path, storage: Path, tmp_path: Path) -> None:
     def said(*options: str) -> str:
         program = [sys.executable, "-c", "from hrs.cli import main; main()", "serve"]
         ended = subprocess.run(
@@ -504,14 +524,9 @@ def test_a_mistake_is_one_sentence_before_anything_starts(tmp_path: Path) -> Non
 
     assert said(str(tmp_path / "nothing")).startswith("error: there is no model at")
     assert "slots: Input should be greater than or equal to 1" in said(str(tmp_path), "--slots", "0")
-
-
-def test_a_proxy_that_does_not_start_is_one_sentence(
-    run_directory: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "no.such")
-    with Command(run_directory, storage) as command:
-        assert command.process.wait() == 2
-    starting, error = command.said
-    assert starting.startswith("starting:")
-    assert re.fullmatch(r"error: the endpoint did not come up: ValueError: .* No module named 'no'\n", error)
+    assert said(str(run_directory), "--port", "99999").startswith("error: port 99999 does not exist")
+    (folder,) = storage.glob("engrams/*-served")
+    shutil.copytree(storage, tmp_path, dirs_exist_ok=True)
+    manifest = next((tmp_path / folder.relative_to(storage) / "store").glob("*.json"))
+    manifest.write_text("{")
+    assert said(str(run_directory)).startswith(f"error: engram store {manifest.parent} has a damaged or missing file")

@@ -11,7 +11,7 @@ from sqlalchemy import URL, select
 from hrs.errors import HRSError
 from hrs.queue.database import Database
 from hrs.queue.queue import FIRST_BACK_OFF_SECONDS, MOST_LOST, LeaseLost, Queue
-from hrs.queue.records import StudySpec
+from hrs.queue.records import Resources, StudySpec
 from hrs.queue.schema import attempts, events, meta, stages
 from hrs.queue.states import Outcome, State, Wanted
 from hrs.queue.transitions import AGEING_SECONDS, TransitionRefused
@@ -165,22 +165,23 @@ def test_a_lost_stage_comes_back_later_and_later_and_fails_in_the_end(queue: Que
 
 
 @pytest.mark.parametrize(
-    ("outcome", "next_rung", "state"),
+    ("outcome", "resources", "state"),
     [
         (Outcome.FAILED, None, State.FAILED),
-        (Outcome.TOO_LARGE, 1, State.QUEUED),
+        (Outcome.TOO_LARGE, Resources(gpu_bytes=7), State.QUEUED),
         (Outcome.TOO_LARGE, None, State.INFEASIBLE),
         (Outcome.PREEMPTED, None, State.QUEUED),
     ],
 )
 def test_what_follows_an_attempt(
-    queue: Queue, worker: str, outcome: Outcome, next_rung: int | None, state: State
+    queue: Queue, worker: str, outcome: Outcome, resources: Resources | None, state: State
 ) -> None:
     queue.submit(study("s", "a"))
-    assert queue.give_up(queue.claim("tokens", worker), outcome, "why", next_rung=next_rung) is state
+    assert queue.give_up(queue.claim("tokens", worker), outcome, "why", resources=resources) is state
     assert states(queue)["tokens"] == state
-    if next_rung:
-        assert queue.claim("tokens", worker).rung == next_rung
+    if resources:
+        claim = queue.claim("tokens", worker)
+        assert (claim.rung, claim.stage.resources) == (1, resources)
     elif state is not State.QUEUED:
         assert queue.retry(queue.target("s")) == 1
         assert queue.claim("tokens", worker).rung == 0

@@ -70,8 +70,8 @@ class QueueMachine(RuleBasedStateMachine):
             self.expected[key] += 1
             self.queue.finish(claim, lambda: self.publish(key))
         else:
-            next_rung = claim.rung + 1 if claim.rung < 2 else None
-            self.queue.give_up(claim, ending, "", next_rung=next_rung)
+            resources = claim.stage.resources if claim.rung < 2 else None
+            self.queue.give_up(claim, ending, "", resources=resources)
 
     def publish(self, key: str) -> None:
         self.published[key] += 1

@@ -1,23 +1,33 @@
-"""A tiny model behind real HTTP: uvicorn in a thread, no Ray."""
+"""A tiny model behind real HTTP: the front of ``hrs serve`` in a thread, no Ray."""
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import openai
 import pytest
 import torch
-import uvicorn
+import uvloop
 from waiting import wait_until
 
 from hrs.data import TokenStore
 from hrs.export.opening import OpenedModel
 from hrs.models import build_model
 from hrs.presets import experiment
+from serve.access import Hosts, Keys
+from serve.address import bind
+from serve.answering import answer
 from serve.api import make_api
+from serve.bodies import Bodies
+from serve.endpoint import Wishes, run_endpoint
+from serve.front import Front
+from serve.listener import Limits
 from serve.local import LocalBackend
-from serve.settings import Settings
+from serve.metrics import Metrics
+from serve.settings import Settings, most_texts, read_api_keys
 
 CONTEXT = 64
 
@@ -34,8 +44,13 @@ def opened(small_corpus: Path, small_store: TokenStore) -> OpenedModel:
 class Endpoint:
     """A backend and the address it is reached at."""
 
-    def __init__(self, backend: LocalBackend, port: int) -> None:
-        self.backend, self.url = backend, f"http://127.0.0.1:{port}"
+    def __init__(self, backend: LocalBackend, port: int, wishes: Wishes, loop: asyncio.AbstractEventLoop) -> None:
+        self.backend, self.port, self.url = backend, port, f"http://127.0.0.1:{port}"
+        self._wishes, self._loop = wishes, loop
+
+    def signal(self) -> None:
+        """What SIGTERM does to ``hrs serve``."""
+        self._loop.call_soon_threadsafe(self._wishes.add)
 
     def client(self, key: str = "any", **options: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=None, **options)
@@ -46,25 +61,48 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def serving(backend: LocalBackend) -> Iterator[Endpoint]:
-    """A backend behind HTTP for as long as the block lasts, and closed after it."""
-    server = uvicorn.Server(uvicorn.Config(make_api(backend), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
+def serving(backend: LocalBackend, limits: Limits | None = None) -> Iterator[Endpoint]:
+    """A backend behind the front and its server, as ``hrs serve`` runs them, for as long as the block lasts."""
+    settings, wishes = backend.settings, Wishes()
+    front = Front(
+        partial(answer, make_api(backend)),
+        keys=Keys(read_api_keys(settings)),
+        hosts=Hosts("127.0.0.1", settings.allowed_hosts),
+        bodies=Bodies(settings.max_body_bytes, settings.body_seconds),
+        metrics=Metrics("front"),
+        most_texts=most_texts(settings),
+    )
+    bound, loop, up = bind("127.0.0.1", 0), uvloop.new_event_loop(), threading.Event()
+    run = run_endpoint(
+        front,
+        bound,
+        watch=asyncio.Event().wait,
+        wishes=wishes,
+        grace_seconds=settings.grace_seconds,
+        announce=lambda _: up.set(),
+        limits=limits,
+    )
+    port = bound.getsockname()[1]
+    thread = threading.Thread(target=loop.run_until_complete, args=(run,), daemon=True)
     thread.start()
-    wait_until(lambda: server.started, thread.is_alive)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    wait_until(up.is_set, thread.is_alive)
     try:
-        yield Endpoint(backend, port)
+        yield Endpoint(backend, port, wishes, loop)
     finally:
-        server.should_exit = True
+        for _ in range(3):
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(wishes.add)
+        thread.join()
+        loop.close()
         backend.close()
-        thread.join(timeout=10)
 
 
-def running(opened: OpenedModel, folder: Path, **changes: object) -> contextlib.AbstractContextManager[Endpoint]:
+def running(
+    opened: OpenedModel, folder: Path, limits: Limits | None = None, **changes: object
+) -> contextlib.AbstractContextManager[Endpoint]:
     """An endpoint of a model."""
     settings = Settings(**{"model": "in memory", "name": "tiny", **changes})
-    return serving(LocalBackend(opened, settings, folder))
+    return serving(LocalBackend(opened, settings, folder), limits)
 
 
 @pytest.fixture(name="serving", scope="session")

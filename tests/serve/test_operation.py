@@ -66,12 +66,13 @@ def test_health_runs_the_model(another, opened) -> None:
         assert httpx.get(f"{endpoint.url}/healthz").status_code == 200
 
 
-def test_while_it_drains_new_requests_are_refused_and_running_ones_finish(another) -> None:
+def test_while_it_stops_new_requests_are_refused_and_running_ones_finish(another) -> None:
     with another() as endpoint:
         client = endpoint.client()
-        stream = client.completions.create(**LONG | {"max_tokens": 100}, stream=True)
+        stream = client.completions.create(**LONG | {"max_tokens": 500}, stream=True)
         next(stream)
-        endpoint.backend.draining = True
+        endpoint.signal()
+        wait_until(lambda: httpx.get(f"{endpoint.url}/healthz").status_code == 503)
         with pytest.raises(openai.InternalServerError, match="stopping") as refused:
             client.completions.create(**BASE)
         assert refused.value.status_code == 503
@@ -80,13 +81,27 @@ def test_while_it_drains_new_requests_are_refused_and_running_ones_finish(anothe
         assert list(stream)[-1].choices[0].finish_reason == "length"
 
 
-def test_what_is_cut_off_is_told_so(another) -> None:
-    with another() as endpoint:
-        stream = endpoint.client().completions.create(**LONG, stream=True)
+@pytest.mark.parametrize("how", ["a second signal", "the grace"])
+def test_what_is_cut_off_is_told_so(another, how: str) -> None:
+    with another(grace_seconds=0.2 if how == "the grace" else 3600, max_new_tokens=50_000) as endpoint:
+        body = LONG | {"max_tokens": 50_000}
+        stream = endpoint.client().completions.create(**body, stream=True)
         next(stream)
-        endpoint.backend.abort()
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{endpoint.url}/v1/completions", json=body, timeout=None))
+        )
+        thread.start()
+        wait_until(lambda: endpoint.backend.n_running == 2, thread.is_alive)
+        endpoint.signal()
+        if how == "a second signal":
+            endpoint.signal()
         with pytest.raises(openai.APIError, match="stopped before this reply was finished"):
             list(stream)
+        thread.join()
+        assert answers[0].status_code == 503
+        assert "stopped before this reply was finished" in answers[0].json()["error"]["message"]
+        endpoint.wait_until_idle()  # nobody goes on writing for clients that are gone
 
 
 # ---- what Serve's proxy says of its own accord -----------------------------------------------------------------------

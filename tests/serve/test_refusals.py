@@ -231,9 +231,18 @@ def test_a_full_queue_is_said_at_once_and_drains(another) -> None:
 def test_more_choices_than_the_queue_has_room_for_begin_not_one(another) -> None:
     with another(slots=1, max_queue=2) as endpoint:
         client = endpoint.client()
-        with pytest.raises(openai.RateLimitError):
-            client.completions.create(**BASE, n=4)
-        assert endpoint.backend.n_running == 0
+        for n in (4, 128):
+            with pytest.raises(openai.UnprocessableEntityError, match=f"n of {n} is more than 3: ask for fewer"):
+                client.completions.create(**BASE, n=n)
+            with pytest.raises(openai.UnprocessableEntityError, match="is more than 3"):
+                client.chat.completions.create(**CHAT, n=n)
+        running = client.completions.create(**LONG, stream=True)
+        next(running)
+        with pytest.raises(openai.RateLimitError, match="try again shortly"):  # later there is room
+            client.completions.create(**BASE, n=3)
+        assert endpoint.backend.n_running == 1
+        running.close()
+        endpoint.wait_until_idle()
         assert len(client.completions.create(**BASE, n=3).choices) == 3
 
 
