@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hrs import cli_queue
 from hrs.config import ExperimentConfig, flatten, parse_assignments
 from hrs.config.checks import LARGEST_SEED, LARGEST_SIZE
 from hrs.errors import HRSError
@@ -19,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(cli_queue.app, name="queue")
 
 Scale = Annotated[str, typer.Option(help="micro, tiny, small or paper.")]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")]

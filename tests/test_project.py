@@ -21,7 +21,7 @@ from hrs.cluster.hardware import announced_nodes
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-LAUNCHER_ONLY = {"hrs.cli", "hrs.cluster", "hrs.queue", "hrs.tracking", "hrs.verify"}
+LAUNCHER_ONLY = {"hrs.cli", "hrs.cli_queue", "hrs.cluster", "hrs.queue", "hrs.tracking", "hrs.verify"}
 """The rooms below hrs/ that may know Ray or MLflow."""
 
 
@@ -150,15 +150,19 @@ def test_make_targets_in_documents_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_hrs_commands_and_their_flags_in_documents_exist(document: Path) -> None:
-    known = typer.main.get_command(app).commands
     for line in commands_of(document):
-        if not (found := re.match(r"(?:\.venv/bin/)?hrs ([a-z][\w-]*)(.*)", line)):
+        words = line.removeprefix(".venv/bin/").partition(" -- ")[0].split()
+        if words[:1] != ["hrs"] or not re.fullmatch(r"[a-z][\w-]*", "".join(words[1:2])):
             continue
-        assert found[1] in known, f"{document.name}: {line}"
-        command = known[found[1]]
+        command = typer.main.get_command(app)
+        for word in words[1:]:
+            if not hasattr(command, "commands"):
+                break
+            assert word in command.commands, f"{document.name}: {line}"
+            command = command.commands[word]
         handed_on = command.context_settings.get("ignore_unknown_options", False)
         allowed = options_of(command) | (job_options("jobs/ablation_sweep.py") if handed_on else set())
-        assert flags_of(line) <= allowed, f"{document.name}: {line}"
+        assert flags_of(" ".join(words)) <= allowed, f"{document.name}: {line}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

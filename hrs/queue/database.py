@@ -19,7 +19,7 @@ from hrs.queue.schema import prepare
 ENVIRONMENT = "HRS_QUEUE"
 """Names the URL of another database, for example postgresql+psycopg://user@host/hrs."""
 
-BUSY_SECONDS = 60
+BUSY_SECONDS = 60.0
 """How long a transaction waits for another process's."""
 
 
@@ -94,7 +94,7 @@ class Database:
             cause = str(error.orig).strip()
             remedy = "see whether it is reachable and writable"
             if "locked" in cause:
-                remedy = f"another process has held it for {BUSY_SECONDS} s; nothing is lost, try again"
+                remedy = f"another process has held it for {BUSY_SECONDS:.0f} s; nothing is lost, try again"
             elif "full" in cause:
                 remedy = "the disk is full: free some space and try again"
             elif "readonly" in cause or "read-only" in cause:
@@ -125,7 +125,7 @@ def _engine(url: URL) -> Engine:
     def _configure(connection: object, _: ConnectionPoolEntry) -> None:
         connection.isolation_level = None  # type: ignore[attr-defined]  # the driver must not begin by itself
         cursor = connection.cursor()  # type: ignore[attr-defined]
-        cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
+        cursor.execute(f"PRAGMA busy_timeout = {int(1000 * BUSY_SECONDS)}")
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")

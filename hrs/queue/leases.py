@@ -105,6 +105,7 @@ class Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
+        done = False
         while not self.lost:
             try:
                 self.wanted = self._queue.renew(self._claim, self._progress())
@@ -112,8 +113,9 @@ class Heartbeat:
                 self.lost = True
             except HRSError as error:  # a database that is locked or gone for a moment: the next beat may come through
                 _log.warning("claim not renewed: %s", error)
-            if self._done.wait(self._every):
+            if done:  # that was the last one, with the last progress
                 return
+            done = self._done.wait(self._every)
 
 
 class Reaper:

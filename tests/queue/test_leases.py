@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from queue_studies import Clock, study
 from sqlalchemy import URL
 from waiting import wait_until
 
-from hrs.queue import Heartbeat, LeaseLost, Outcome, Queue, Reaper, State, Wanted, Worker
+from hrs.queue import Heartbeat, LeaseLost, Outcome, Queue, Reaper, State, Wanted, Worker, database
 from hrs.queue.database import Database
 from hrs.queue.leases import LEASE_SECONDS, host_name, is_alive
 
@@ -124,17 +125,19 @@ def test_a_heart_beats_and_hears_what_is_wanted(local: Queue, tmp_path: Path) ->
     worker.close()
 
 
-def test_a_heart_survives_a_database_that_is_gone_for_a_moment(local: Queue, tmp_path: Path) -> None:
-    claim = local.claim("tokens", local.add_worker(host_name(), os.getpid()))
-    path = tmp_path / "queue.db"
-    with Heartbeat(local, claim, every_seconds=0.01) as heart:
-        wait_until(lambda: local.open_attempts()[0].beats > 0)
-        local.database.close()
-        path.rename(tmp_path / "away.db")
-        wait_until(path.exists)  # SQLite makes an empty file, which is not a queue
-        time.sleep(0.05)
-        local.database.close()
-        (tmp_path / "away.db").rename(path)
-        beats = local.open_attempts()[0].beats
-        wait_until(lambda: local.open_attempts()[0].beats > beats)
+def test_a_heart_survives_a_database_that_is_locked_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    queue = Queue(Database(URL.create("sqlite", database=str(tmp_path / "queue.db"))))
+    queue.submit(study("s", "a"))
+    claim = queue.claim("tokens", queue.add_worker(host_name(), os.getpid()))
+    other = sqlite3.connect(tmp_path / "queue.db", isolation_level=None)
+    with Heartbeat(queue, claim, every_seconds=0.01) as heart:
+        other.execute("BEGIN IMMEDIATE")
+        wait_until(lambda: "claim not renewed: queue database" in caplog.text)
+        other.execute("ROLLBACK")
+        beats = queue.open_attempts()[0].beats
+        wait_until(lambda: queue.open_attempts()[0].beats > beats)
         assert not heart.lost
+    other.close()
