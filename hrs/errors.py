@@ -1,6 +1,9 @@
 """The one exception a user is meant to read, and how values stand in its sentences."""
 
+import errno
 import reprlib
+import traceback
+from pathlib import Path
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -12,6 +15,17 @@ class HRSError(Exception):
 
     Entry points print the message after ``error:`` and exit with status 2; no stack trace is shown.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why work ended, as one line: a user's sentence as it is, anything else with its type, file and line."""
+    if isinstance(error, HRSError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}): make room, then run the same command again"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + place
 
 
 def shown(value: object) -> str:

@@ -25,7 +25,7 @@ class Nvml:
         told = self._ask(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
         if told is None:
             with contextlib.suppress(OSError):
-                found = re.search(r"\b\d{3,}(?:\.\d+)+", (self.proc / "version").read_text())
+                found = re.search(r"\b\d{3,}(?:\.\d+)+", (self.proc / "version").read_text(encoding="utf-8"))
                 told = found[0] if found else None
         return told
 

@@ -7,7 +7,8 @@ from typing import Any
 from ray import tune
 
 from hrs.cluster.progress import TrialProgress
-from hrs.cluster.trial import TrialSpec, reason_of, run_trial
+from hrs.cluster.trial import TrialSpec, run_trial
+from hrs.errors import reason_of
 
 
 class Trial(tune.Trainable):

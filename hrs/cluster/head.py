@@ -142,7 +142,12 @@ class LocalHead:
             if self._supervisor and self._supervisor.poll() is not None:
                 raise HRSError("the Ray head stopped while starting: is something calling `ray stop` on this machine?")
             if time.monotonic() > deadline:
-                tail = (self._folder / "output.log").read_text(errors="replace").strip().splitlines()[-1:]
+                tail = (
+                    (self._folder / "output.log")
+                    .read_text(encoding="utf-8", errors="replace")
+                    .strip()
+                    .splitlines()[-1:]
+                )
                 raise HRSError(f"the Ray head did not answer within {START_SECONDS:.0f} s; its last words: {tail}")
             time.sleep(0.2)
 

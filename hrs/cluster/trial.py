@@ -4,11 +4,9 @@ Everything a trial learns is on disk below ``Storage.run(key)`` before it is rep
 moment continues where its last checkpoint was, in the same tracked run.
 """
 
-import errno
 import json
 import math
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from hrs.cluster.study import Run
 from hrs.cluster.timing import DEVICE_FILE
 from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.data import TokenStore, open_tokens
-from hrs.errors import HRSError
+from hrs.errors import reason_of
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
 from hrs.files import write_whole
 from hrs.gpu import explained, gpu_of, move
@@ -97,17 +95,6 @@ def run_trial(spec: TrialSpec, trainer: Trainer = train) -> Iterator[TrialProgre
     finally:
         lock.release()
     yield TrialProgress(stage="done", step=steps, steps=steps, validation_loss=loss)
-
-
-def reason_of(error: BaseException) -> str:
-    """Return why a trial ended, as one line: a user's sentence as it is, anything else with its type and place."""
-    if isinstance(error, HRSError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error}): make room, then run the same command again"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return " ".join(f"{type(error).__name__}: {error}".split()) + place
 
 
 def mark_stopped(storage: Storage, key: str, step: int) -> None:
@@ -203,7 +190,7 @@ def _record(
     verdict: AuditReport,
     logger: RunLogger,
 ) -> None:
-    summary = json.loads((directory / "training.json").read_text())
+    summary = json.loads((directory / "training.json").read_text(encoding="utf-8"))
     final = evaluation.metrics() | {name: summary[name] for name in ("tokens_per_second", "peak_memory_bytes")}
     logger.log(spec.run.config.training.steps, final | {"parameters": model.count_parameters()})
     logger.set_tags({"causal": str(verdict.causal).lower()})

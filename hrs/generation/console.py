@@ -88,4 +88,5 @@ def _as_json(completion: Completion, prompt_number: int, sample: int) -> str:
         "log_probs": [token.log_prob for token in completion.tokens],
         "entropies": [token.entropy for token in completion.tokens],
     }
-    return strict_json.dumps(document, ensure_ascii=False)
+    shows_all = "utf" in (sys.stdout.encoding or "").lower()
+    return strict_json.dumps(document, ensure_ascii=not shows_all)

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 def host_name() -> str:
     """Return a name of this machine since it was started: process ids mean nothing after that."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip()[:8] if boot.exists() else '?'}"
+    return f"{socket.gethostname()}/{boot.read_text(encoding='utf-8').strip()[:8] if boot.exists() else '?'}"
 
 
 class Worker:
@@ -46,7 +46,7 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True)
         self.id = queue.add_worker(host_name(), os.getpid())
         self._path = folder / f"{self.id}.lock"
-        self._file: IO[str] = self._path.open("w")
+        self._file: IO[str] = self._path.open("w", encoding="utf-8")
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def fileno(self) -> int:
@@ -66,7 +66,7 @@ class Worker:
 def is_alive(folder: Path, worker: str) -> bool:
     """Return whether a worker of this host holds its lock."""
     try:
-        with (folder / f"{worker}.lock").open("r") as file:
+        with (folder / f"{worker}.lock").open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except FileNotFoundError:

@@ -8,9 +8,9 @@ from hrs.tracking.logger import Outcome, RunLogger
 from hrs.tracking.owner import SILENT_SECONDS
 from hrs.tracking.registry import Promotion, format_promotion, promote, resolve_model
 from hrs.tracking.store import ui_command
-from hrs.tracking.tracker import RunBusy, Tracker
+from hrs.tracking.tracker import RunBusy, Tracker, close_open_studies
 
 __all__ = [
     "SILENT_SECONDS", "Outcome", "Promotion", "RunBusy", "RunLogger", "Tracker",
-    "format_promotion", "promote", "resolve_model", "ui_command",
+    "close_open_studies", "format_promotion", "promote", "resolve_model", "ui_command",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hrs import strict_json
-from hrs.errors import HRSError
+from hrs.errors import HRSError, reason_of
 from hrs.files import write_whole
 from hrs.tracking.owner import HEARTBEAT_SECONDS
 
@@ -133,7 +133,7 @@ class RunLogger:
             return
         outcome: Outcome = "failed" if isinstance(error, Exception) else "killed"
         try:
-            self.finish(outcome, _first_line(error))
+            self.finish(outcome, reason_of(error))
         except HRSError as unrecorded:  # must not hide what ended the run
             _logger.warning("%s", unrecorded)
 

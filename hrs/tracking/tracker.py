@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import subprocess
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrs import strict_json
 from hrs.config import ExperimentConfig, flatten, to_dict
-from hrs.errors import HRSError
+from hrs.errors import HRSError, reason_of
 from hrs.identity import code_version
 from hrs.storage import Storage
 from hrs.tracking.crash import why_it_ended
@@ -36,6 +37,9 @@ _RUNS_FILE = "study.json"
 _COMMANDS_TAG = "hrs.commands"
 _TAG_CHARACTERS = 4000
 """MLflow's limit is 8000 today and was 5000."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class RunBusy(HRSError):
@@ -105,10 +109,12 @@ class Tracker:
                 tags[_COMMANDS_TAG] = _as_tag([*commands, command])
             self._claim(study_id, tags)
             self._client.log_dict(study_id, planned | made, _RUNS_FILE)
+        _opened_here[study_id] = self
         return study_id
 
     def close_study(self, study_id: str, outcome: Outcome, reason: str = "") -> None:
         """Close the study's own run; its trials are closed by their loggers."""
+        _opened_here.pop(study_id, None)
         close_run(self._client, study_id, outcome, reason)
 
     def log_study_artifact(self, study_id: str, path: Path) -> None:
@@ -384,6 +390,20 @@ class Tracker:
         monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self._storage.tracking_uri)
         monitor.start()
         return monitor
+
+
+_opened_here: dict[str, Tracker] = {}
+"""Studies that this process opened and has not closed."""
+
+
+def close_open_studies(error: BaseException) -> None:
+    """Close what this process opened and left open, with the error that ended it: nobody else would, for days."""
+    outcome: Outcome = "failed" if isinstance(error, Exception) else "killed"
+    for study_id, tracker in list(_opened_here.items()):
+        try:
+            tracker.close_study(study_id, outcome, reason_of(error))
+        except Exception as unrecorded:  # must not hide what ended the command
+            _log.warning("study %s stays open in the tracking store (%s)", study_id, reason_of(unrecorded))
 
 
 def _entry(config: ExperimentConfig, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pytest
 import jobs.ablation_sweep
 import jobs.lr_search
 from hrs import cli
+from hrs.storage import open_storage
+from hrs.tracking import Tracker
 from jobs.entry import run_entry
 
 Sentence = Callable[..., str]
@@ -102,6 +104,18 @@ def test_a_storage_that_cannot_be_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("HRS_STORAGE", home)
     assert "HRS_STORAGE" in sentence_of("hrs", "report", "v1-tiny")
+
+
+def test_a_training_that_fails_closes_its_study_with_the_reason(
+    sentence_of: Sentence, tmp_path: Path, small_corpus: Path
+) -> None:
+    words = ("--scale", "micro", "--corpus", f"jsonl:{small_corpus}", "--set", "data.tokenizer=bpe:300")
+    sentence = sentence_of("hrs", "train", "dense_baseline", *words, "--set", "training.batch_sequences=10000")
+    assert "shorter than one batch" in sentence
+    tracker = Tracker(open_storage(tmp_path / "storage"))
+    (study,) = tracker._history.by_tag("hrs.kind", ["study"])
+    assert study.status == "FAILED"
+    assert study.tags["hrs.outcome"] == "failed" and f"error: {study.tags['hrs.reason']}" == sentence
 
 
 def test_an_empty_corpus_is_one_sentence(sentence_of: Sentence, tmp_path: Path) -> None:

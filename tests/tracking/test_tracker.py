@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hrs.config import ExperimentConfig, to_dict
 from hrs.errors import HRSError
 from hrs.identity import code_version
 from hrs.storage import Storage
-from hrs.tracking import RunBusy, RunLogger, Tracker
+from hrs.tracking import RunBusy, RunLogger, Tracker, close_open_studies
 from hrs.tracking.owner import is_alive, this_process
 
 OpenRun = Callable[..., RunLogger]
@@ -255,3 +256,18 @@ def test_a_report_is_kept_with_its_study(tracker: Tracker, tmp_path: Path) -> No
     tracker.close_study(study_id, "finished")
     names = {file.path for file in tracker._client.list_artifacts(study_id)}
     assert {"report", "index.html", "study.json"} <= names
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyError("bug"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_what_ends_a_command_closes_the_studies_that_it_left_open(
+    error: BaseException, status: str, tracker: Tracker
+) -> None:
+    left, closed = tracker.open_study("left", {}), tracker.open_study("closed", {})
+    tracker.close_study(closed, "finished")
+    try:
+        raise error
+    except BaseException as ended:
+        close_open_studies(ended)
+    run, other = tracker._client.get_run(left), tracker._client.get_run(closed)
+    assert (run.info.status, other.info.status) == (status, "FINISHED")
+    assert re.match(rf"{type(error).__name__}: .*\(test_tracker\.py:\d+\)", run.data.tags["hrs.reason"])
