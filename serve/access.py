@@ -9,8 +9,8 @@ from starlette.types import Scope
 
 from serve.errors import ApiError
 
-_OPEN_TO_ALL = {"/", "/healthz"}
-"""Paths that need no key: a page that asks for one, and the question whether anyone is there."""
+_OPEN_TO_ALL = {"/", "/healthz", "/openapi.json", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"}
+"""Paths that need no key: pages that ask for one with what they load, and the question whether anyone is there."""
 
 
 class Keys:
@@ -19,14 +19,17 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def check(self, scope: Scope) -> None:
+    def check(self, scope: Scope) -> str:
         """Check the key of a request.
+
+        Returns:
+            The name of the key's space of memories, which tells nothing of the key; "" if it needs no key.
 
         Raises:
             ApiError: 401 if it has none of these keys and needs one.
         """
         if not self._digests or scope["path"] in _OPEN_TO_ALL:
-            return
+            return ""
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(given.strip()).digest()
         # Every key is compared, and in constant time: how long it takes tells nothing of any of them.
@@ -35,6 +38,15 @@ class Keys:
             raise ApiError(
                 401, "this endpoint needs an API key: send 'Authorization: Bearer KEY'", code="invalid_api_key"
             )
+        return _space(digest)
+
+    def spaces(self) -> list[str]:
+        """Return the names of the spaces of all keys; that of everybody if there are none."""
+        return [_space(digest) for digest in self._digests] or [""]
+
+
+def _space(digest: bytes) -> str:
+    return hashlib.sha256(b"space" + digest).hexdigest()[:16]
 
 
 class Hosts:

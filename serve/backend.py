@@ -40,6 +40,8 @@ class Request:
     context: Sequence[int] = ()
     """Ids the model reads before the prompt, as far as they fit; not part of the text."""
     retrieval: RetrievalOptions | None = None
+    space: str = ""
+    """Whose memories are looked up."""
     n_best: int = 0
     """How many of the likeliest tokens to tell of with every new one: :attr:`hrs.generation.SampledToken.best`."""
 
@@ -81,7 +83,10 @@ class Running(Protocol):
 
 
 class Backend(Protocol):
-    """One model with its memories and topics. Methods raise :class:`serve.errors.ApiError` or HRSError."""
+    """One model with its memories and topics. Methods raise :class:`serve.errors.ApiError` or HRSError.
+
+    ``space`` names whose memories and topics are meant: :meth:`serve.access.Keys.check` gives it for a request.
+    """
 
     settings: Settings
     card: ModelCard
@@ -101,29 +106,29 @@ class Backend(Protocol):
 
     async def score(self, ids: Sequence[int], n_best: int) -> Scores: ...
 
-    async def topic_context(self, prompt: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
+    async def topic_context(self, space: str, prompt: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
         """What the prompt's topic has to say before it, and the topic. The prompt belongs to it from now on."""
 
     async def embed(self, segments: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Engrams [N, width]."""
 
-    async def add_memories(self, request: MemoryRequest) -> list[dict[str, Any]]:
+    async def add_memories(self, space: str, request: MemoryRequest) -> list[dict[str, Any]]:
         """Durable when it returns."""
 
     async def list_memories(
-        self, *, topic: str | None, source: str | None, limit: int, offset: int
+        self, space: str, *, topic: str | None, source: str | None, limit: int, offset: int
     ) -> tuple[list[dict[str, Any]], int]:
         """Memories, and how many there are in all."""
 
-    async def get_memory(self, number: str) -> dict[str, Any] | None: ...
+    async def get_memory(self, space: str, number: str) -> dict[str, Any] | None: ...
 
-    async def search_memories(self, request: SearchRequest) -> list[dict[str, Any]]: ...
+    async def search_memories(self, space: str, request: SearchRequest) -> list[dict[str, Any]]: ...
 
-    async def delete_memory(self, number: str) -> bool: ...
+    async def delete_memory(self, space: str, number: str) -> bool: ...
 
-    async def topics(self) -> list[dict[str, Any]]: ...
+    async def topics(self, space: str) -> list[dict[str, Any]]: ...
 
-    async def change_topic(self, number: str, change: TopicChange) -> dict[str, Any] | None: ...
+    async def change_topic(self, space: str, number: str, change: TopicChange) -> dict[str, Any] | None: ...
 
     async def check(self) -> dict[str, Any]:
         """Runs the model on a token. Raises ApiError 503 if that cannot be done."""

@@ -19,11 +19,11 @@ from serve.address import bind, host_and_port, require_address
 from serve.bodies import Bodies
 from serve.endpoint import Wishes, run_endpoint
 from serve.front import Front
-from serve.memories import Memories
 from serve.metrics import Metrics, keep_published
-from serve.opening import memory_folder, print_warning, resolve
+from serve.opening import make_private, memory_folder, print_warning, resolve
 from serve.placement import place_replicas, visible_devices
 from serve.settings import Settings, most_texts, read_api_keys
+from serve.spaces import Spaces
 
 _RAY_SERVE = {
     # Messages of replies come by gRPC straight from the replica, and not as objects of Ray.
@@ -62,7 +62,10 @@ def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bo
         # A mistake is told at once, and not from a replica's log.
         opened = open_model(path, storage.tokens)
         folder = memory_folder(storage, opened)
-        Memories(opened.model, opened.tokenizer, folder, settings).topics()
+        make_private(folder)
+        spaces = Spaces(opened.model, opened.tokenizer, folder, settings)
+        for space in Keys(keys).spaces():
+            spaces.of(space).topics()
         placement = place_replicas(settings, opened)
         settings = settings.model_copy(
             update={
@@ -75,7 +78,7 @@ def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bo
         if placement.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(placement, os.environ.get("CUDA_VISIBLE_DEVICES"))
         causal = opened.causal
-        del opened
+        del opened, spaces
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         metrics = Metrics("front")

@@ -33,7 +33,9 @@ def completion_routes(backend: Backend) -> APIRouter:
         scores: list[Scores | None] = [None] * len(prompts)
         if body.echo and body.logprobs is not None:
             scores = [await backend.score(ids, body.logprobs) for ids in prompts]
-        job = await _Job.of(backend, body, prompts, n_new, tuple(body.stop or ()), body.logprobs or 0)
+        job = await _Job.of(
+            backend, request.state.space, body, prompts, n_new, tuple(body.stop or ()), body.logprobs or 0
+        )
         choices = []
         for index, topic in enumerate(job.topics):
             ids, score = prompts[index // body.n], scores[index // body.n]
@@ -51,7 +53,7 @@ def completion_routes(backend: Backend) -> APIRouter:
         require_possible(backend, 1, body.n, most)
         backend.require_room(body.n)
         stops = (*(body.stop or ()), *chat_stops())
-        job = await _Job.of(backend, body, prompts, most, stops, body.top_logprobs or 0)
+        job = await _Job.of(backend, request.state.space, body, prompts, most, stops, body.top_logprobs or 0)
         choices = [
             Choice(index, backend.token, body.logprobs, body.hrs.details, topic=topic, skip_space=True)
             for index, topic in enumerate(job.topics)
@@ -75,6 +77,7 @@ class _Job:
     async def of(
         cls,
         backend: Backend,
+        space: str,
         body: Sampled,
         prompts: Sequence[Sequence[int]],
         n_new: int,
@@ -84,11 +87,18 @@ class _Job:
         seed = secrets.randbits(53) if body.seed is None else body.seed
         job = cls(backend, body, sum(map(len, prompts)), n_new, seed)
         for ids in prompts:
-            context, topic = await backend.topic_context(ids) if body.hrs.topics else ([], None)
+            context, topic = await backend.topic_context(space, ids) if body.hrs.topics else ([], None)
             for number in range(body.n):
                 sampling = _sampling(body, n_new, stop, choice_seed(seed, number))
                 job.texts.append(
-                    Text(prompt=ids, sampling=sampling, context=context, retrieval=body.hrs.retrieval, n_best=n_best)
+                    Text(
+                        prompt=ids,
+                        sampling=sampling,
+                        context=context,
+                        retrieval=body.hrs.retrieval,
+                        space=space,
+                        n_best=n_best,
+                    )
                 )
                 job.topics.append(topic)
         return job

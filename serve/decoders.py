@@ -17,8 +17,11 @@ from hrs.retrieval.retriever import RetrievalOptions as EngineOptions
 from hrs.retrieval.store import Hit
 from serve.backend import Request
 from serve.engine import Events
+from serve.errors import storing
 from serve.memories import Memories
+from serve.schemas import RetrievalOptions
 from serve.settings import Settings
+from serve.spaces import Spaces
 
 
 class RetrievalDecoder:
@@ -28,16 +31,16 @@ class RetrievalDecoder:
         self,
         model: LanguageModel,
         tokenizer: Tokenizer,
-        memories: Memories,
+        spaces: Spaces,
         settings: Settings,
         calibration: Calibration | None,
         slots: SlotMaker | None = None,
     ) -> None:
-        self._memories, self._settings, self._calibration, self._tokenizer = memories, settings, calibration, tokenizer
+        self._spaces, self._settings, self._calibration, self._tokenizer = spaces, settings, calibration, tokenizer
         self._engine = RetrievalEngine(
             model,
             tokenizer,
-            EnabledMemories(memories),  # type: ignore[arg-type]
+            None,
             n_slots=settings.slots,
             end_id=end_of_text_id(tokenizer),
             calibration=calibration,
@@ -55,8 +58,17 @@ class RetrievalDecoder:
 
     def add(self, request: Request) -> int:
         sampling = dataclasses.replace(request.sampling, stop=())
-        options = self._options(request)
-        return self._engine.add(request.prompt, sampling, options, request.context, n_best=request.n_best)
+        if request.retrieval is None:
+            return self._engine.add(request.prompt, sampling, context=request.context, n_best=request.n_best)
+        memories = self._spaces.of(request.space)
+        return self._engine.add(
+            request.prompt,
+            sampling,
+            self._options(request.retrieval, memories),
+            request.context,
+            n_best=request.n_best,
+            store=EnabledMemories(memories),
+        )
 
     def cancel(self, number: int) -> None:
         self._engine.cancel(number)
@@ -66,10 +78,8 @@ class RetrievalDecoder:
         events = {token.row: [self._document(event)] for token, event in sampled if event is not None}
         return [token for token, _ in sampled], events
 
-    def _options(self, request: Request) -> EngineOptions | None:
-        wanted, defaults = request.retrieval, self._settings
-        if wanted is None:
-            return None
+    def _options(self, wanted: RetrievalOptions, memories: Memories) -> EngineOptions:
+        defaults = self._settings
         return EngineOptions(
             mode=wanted.mode,
             k=defaults.retrieval_k if wanted.k is None else wanted.k,
@@ -77,7 +87,7 @@ class RetrievalDecoder:
             if wanted.min_similarity is None
             else wanted.min_similarity,
             gate=self._gate(wanted.threshold_bits),
-            topics=None if wanted.topics is None else tuple(self._memories.with_former(wanted.topics)),
+            topics=None if wanted.topics is None else tuple(memories.with_former(wanted.topics)),
             exclude_sources=tuple(wanted.exclude_sources),
         )
 
@@ -114,10 +124,9 @@ class EnabledMemories:
 
     def __init__(self, memories: Memories) -> None:
         self._memories = memories
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._memories.store, name)
+        self.fingerprint = memories.store.fingerprint
 
     def search(self, queries: Any, k: int, **conditions: Any) -> list[list[Hit]]:
         off = self._memories.disabled() | set(conditions.pop("exclude_topics", None) or ())
-        return self._memories.store.search(queries, k, exclude_topics=off or None, **conditions)
+        with storing():
+            return self._memories.store.search(queries, k, exclude_topics=off or None, **conditions)

@@ -1,8 +1,9 @@
 """Refusals in the shape of OpenAI's API, so that its clients raise the exceptions their users catch."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +66,29 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+class StorageError(HRSError):
+    """What the server keeps cannot be read or written: the sentence is for who runs it, not for clients."""
+
+
+@contextlib.contextmanager
+def storing() -> Iterator[None]:
+    """Make an error of a store, whose sentence names paths of the server, a :class:`StorageError`."""
+    try:
+        yield
+    except (HRSError, OSError) as error:
+        raise StorageError(str(error)) from error
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about any failure. Of one that nobody foresaw: nothing but that it happened."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, StorageError):
+        log.error("memories or topics cannot be used: %s", error)
+        sentence = (
+            "memories and topics cannot be read or written at the moment: whoever runs this endpoint can tell why"
+        )
+        return ApiError(503, sentence, code="storage_unavailable", retry_after=5)
     if isinstance(error, HRSError):
         return bad_request(str(error))
     log.error("a request failed", exc_info=error)

@@ -15,17 +15,17 @@ from hrs.data.tokenization import end_of_text_id
 from hrs.export.opening import OpenedModel
 from hrs.generation.text import token_pieces
 from hrs.retrieval.calibration import Calibration
-from hrs.retrieval.engrams import model_fingerprint
+from hrs.retrieval.engrams import engrams, model_fingerprint
 from hrs.retrieval.retriever import SlotMaker
 from serve.backend import ModelCard, Request, Scores
 from serve.decoders import RetrievalDecoder
 from serve.engine import Engine, Replies
 from serve.errors import ApiError
-from serve.memories import Memories
 from serve.metrics import Metrics, keep_published
-from serve.reading import score
+from serve.reading import read, score
 from serve.schemas import MemoryRequest, SearchRequest, TopicChange
 from serve.settings import Settings
+from serve.spaces import Spaces
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class LocalBackend:
             vocab_size=model.vocab_size,
         )
         self._calibration, self._slots = calibration, slots
-        self._memories = Memories(model, opened.tokenizer, folder, settings)
+        self._spaces = Spaces(model, opened.tokenizer, folder, settings)
         self.metrics.slots.set(settings.slots)
         self._engine = Engine(
             self._decoder, self._pieces, limit=settings.slots + settings.max_queue, metrics=self.metrics
@@ -85,7 +85,7 @@ class LocalBackend:
 
     def _decoder(self) -> RetrievalDecoder:
         return RetrievalDecoder(
-            self._model, self._tokenizer, self._memories, self.settings, self._calibration, self._slots
+            self._model, self._tokenizer, self._spaces, self.settings, self._calibration, self._slots
         )
 
     # ---- texts -------------------------------------------------------------------------------------------------------
@@ -111,45 +111,46 @@ class LocalBackend:
             raise ApiError(422, sentence, param="logprobs", code="context_length_exceeded")
         return await self._engine.run(lambda: score(self._model, ids, n_best))
 
-    async def topic_context(self, prompt: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
+    async def topic_context(self, space: str, prompt: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
         segment = prompt[-self.card.context :]
         text = self.decode(segment).decode(errors="ignore")
-        (reading,) = await self._engine.run(lambda: self._memories.read([segment]))
-        return await asyncio.to_thread(self._memories.topic_context, reading, text)
+        (reading,) = await self._engine.run(lambda: read(self._model, [segment], self.settings.memory_block))
+        return await asyncio.to_thread(lambda: self._spaces.of(space).topic_context(reading, text))
 
     # ---- memories ----------------------------------------------------------------------------------------------------
 
     async def embed(self, segments: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        parts = [await self._engine.run(partial(self._memories.engrams, part)) for part in _parts(segments)]
-        return np.concatenate(parts)
+        block = self.settings.memory_block
+        work = partial(engrams, self._model, block=block)
+        return np.concatenate([await self._engine.run(partial(work, part)) for part in _parts(segments)])
 
-    async def add_memories(self, request: MemoryRequest) -> list[dict[str, Any]]:
+    async def add_memories(self, space: str, request: MemoryRequest) -> list[dict[str, Any]]:
         texts = [request.input] if isinstance(request.input, str) else request.input
         readings = []
         for part in _parts([self.encode(text) for text in texts]):
-            readings += await self._engine.run(partial(self._memories.read, part))
-        return await asyncio.to_thread(self._memories.write, texts, readings, request)
+            readings += await self._engine.run(partial(read, self._model, part, self.settings.memory_block))
+        return await asyncio.to_thread(lambda: self._spaces.of(space).write(texts, readings, request))
 
     async def list_memories(
-        self, *, topic: str | None, source: str | None, limit: int, offset: int
+        self, space: str, *, topic: str | None, source: str | None, limit: int, offset: int
     ) -> tuple[list[dict[str, Any]], int]:
-        return await asyncio.to_thread(self._memories.page, topic, source, limit, offset)
+        return await asyncio.to_thread(lambda: self._spaces.of(space).page(topic, source, limit, offset))
 
-    async def get_memory(self, id: str) -> dict[str, Any] | None:
-        return await asyncio.to_thread(self._memories.get, id)
+    async def get_memory(self, space: str, id: str) -> dict[str, Any] | None:
+        return await asyncio.to_thread(lambda: self._spaces.of(space).get(id))
 
-    async def search_memories(self, request: SearchRequest) -> list[dict[str, Any]]:
+    async def search_memories(self, space: str, request: SearchRequest) -> list[dict[str, Any]]:
         (query,) = await self.embed([self.encode(request.query)])
-        return await asyncio.to_thread(self._memories.search, query, request)
+        return await asyncio.to_thread(lambda: self._spaces.of(space).search(query, request))
 
-    async def delete_memory(self, id: str) -> bool:
-        return await asyncio.to_thread(self._memories.delete, id)
+    async def delete_memory(self, space: str, id: str) -> bool:
+        return await asyncio.to_thread(lambda: self._spaces.of(space).delete(id))
 
-    async def topics(self) -> list[dict[str, Any]]:
-        return await asyncio.to_thread(self._memories.topics)
+    async def topics(self, space: str) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(lambda: self._spaces.of(space).topics())
 
-    async def change_topic(self, id: str, change: TopicChange) -> dict[str, Any] | None:
-        return await asyncio.to_thread(self._memories.change_topic, id, change)
+    async def change_topic(self, space: str, id: str, change: TopicChange) -> dict[str, Any] | None:
+        return await asyncio.to_thread(lambda: self._spaces.of(space).change_topic(id, change))
 
     # ---- operation ---------------------------------------------------------------------------------------------------
 

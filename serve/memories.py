@@ -1,105 +1,72 @@
 """What a model remembers: its engram store and its topics, which all replicas share through one folder."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from hrs.data.tokenization import end_of_text_id
-from hrs.errors import HRSError
-from hrs.models import LanguageModel
-from hrs.retrieval.engrams import engrams, model_fingerprint
 from hrs.retrieval.store import EngramStore, Memory, NewMemory
 from hrs.retrieval.topics import Assignment, TopicContexts, TopicInfo
-from serve.errors import ApiError
-from serve.reading import mean_entropy
+from serve.errors import storing
+from serve.joint_store import JointStore
+from serve.reading import Reading
 from serve.schemas import MemoryRequest, SearchRequest, TopicChange
-from serve.settings import Settings
 from serve.shared_topics import SharedTopics
 
 AUTO_TOPIC = "auto"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reading:
-    """What the model makes of a text."""
-
-    ids: Sequence[int]
-    engram: NDArray[np.float32]
-    """[d]"""
-    entropy: float | None
-    """Mean, in bits per token; None for one token."""
-
-
 class Memories:
-    """What reads a text with the model is for the engine's thread alone, and says so; the rest is for any thread."""
+    """The memories and topics of one space; for any thread.
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, folder: Path, settings: Settings) -> None:
-        self.store = EngramStore.open(
-            folder / "store" if settings.memories is None else Path(settings.memories).expanduser(),
-            fingerprint=model_fingerprint(model),
-            block=settings.memory_block,
-            width=model.d_model,
-            normalisation=settings.memory_normalisation,
-        )
-        self._topics = SharedTopics(folder, model.d_model, settings.max_topics)
-        self._model, self._tokenizer, self._block = model, tokenizer, settings.memory_block
-        self._end_id = end_of_text_id(tokenizer)
+    Args:
+        end_id: of the token that ends a text.
+    """
 
-    def engrams(self, segments: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """[N, d]. In the engine's thread."""
-        return engrams(self._model, segments, block=self._block)
+    def __init__(self, store: EngramStore | JointStore, topics: SharedTopics, end_id: int) -> None:
+        self.store, self._topics, self._end_id = store, topics, end_id
 
     # ---- memories ----------------------------------------------------------------------------------------------------
 
-    def read(self, segments: Sequence[Sequence[int]]) -> list[Reading]:
-        """What the model makes of segments, each no longer than the context. In the engine's thread."""
-        return [
-            Reading(ids=ids, engram=engram, entropy=mean_entropy(self._model, ids))
-            for ids, engram in zip(segments, self.engrams(segments), strict=True)
-        ]
-
     def write(self, texts: Sequence[str], readings: Sequence[Reading], request: MemoryRequest) -> list[dict[str, Any]]:
-        """Remember texts, on the disk when this returns.
-
-        Raises:
-            ApiError: 503 if the disk refuses.
-        """
+        """Remember texts, on the disk when this returns."""
         new = [
             NewMemory(text=text, entropy=r.entropy, source=request.source, topic=self._topic(request.topic, r, text))
             for text, r in zip(texts, readings, strict=True)
         ]
-        try:
+        with storing():
             added = self.store.add(new, np.stack([r.engram for r in readings]))
-        except HRSError as error:
-            raise ApiError(503, str(error), retry_after=5) from error
         return [as_document(memory) for memory in added]
 
     def page(self, topic: str | None, source: str | None, limit: int, offset: int) -> tuple[list[dict[str, Any]], int]:
         """Memories, and how many there are in all."""
-        found = self.store.list(topic=topic, source=source, limit=limit, offset=offset)
-        return [as_document(memory) for memory in found], len(self.store)
+        with storing():
+            found = self.store.list(topic=topic, source=source, limit=limit, offset=offset)
+            return [as_document(memory) for memory in found], len(self.store)
 
     def get(self, id: str) -> dict[str, Any] | None:
-        return next((as_document(memory) for memory in self.store.get([id])), None)
+        with storing():
+            return next((as_document(memory) for memory in self.store.get([id])), None)
 
     def delete(self, id: str) -> bool:
-        return self.store.delete([id]) > 0
+        with storing():
+            return self.store.delete([id]) > 0
 
     def search(self, query: NDArray[np.float32], request: SearchRequest) -> list[dict[str, Any]]:
         """Memories nearest to an engram [d], those of disabled topics left out."""
-        (hits,) = self.store.search(
-            query[None],
-            request.k,
-            min_similarity=request.min_similarity,
-            topics=None if request.topics is None else self.with_former(request.topics),
-            sources=request.sources,
-            exclude_topics=self.disabled() or None,
-        )
+        topics = None if request.topics is None else self.with_former(request.topics)
+        disabled = self.disabled() or None
+        with storing():
+            (hits,) = self.store.search(
+                query[None],
+                request.k,
+                min_similarity=request.min_similarity,
+                topics=topics,
+                sources=request.sources,
+                exclude_topics=disabled,
+            )
         return [{**as_document(hit.memory), "similarity": hit.similarity} for hit in hits]
 
     # ---- topics ------------------------------------------------------------------------------------------------------

@@ -48,57 +48,60 @@ def memory_routes(backend: Backend) -> APIRouter:
         }
 
     @routes.post("/memories", tags=["memories"])
-    async def remember(body: MemoryRequest) -> dict[str, Any]:
+    async def remember(body: MemoryRequest, request: Request) -> dict[str, Any]:
         """Remember texts. They are on the disk when this answers."""
         texts = [body.input] if isinstance(body.input, str) else body.input
         _require_few(backend, len(texts), "input")
         if any(not text.strip() for text in texts):
             raise bad_request("an empty text cannot be remembered: leave it out", "input")
         await prompts_of(backend, texts, "input", backend.card.context)
-        added = await backend.add_memories(body)
+        added = await backend.add_memories(request.state.space, body)
         backend.metrics.memories.inc(len(added))
         return {"object": "list", "data": added}
 
     @routes.get("/memories", tags=["memories"])
     async def memories(
+        request: Request,
         topic: Label = None,
         source: Label = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
     ) -> dict[str, Any]:
         """What is remembered, in the order it came."""
-        found, total = await backend.list_memories(topic=topic, source=source, limit=limit, offset=offset)
+        found, total = await backend.list_memories(
+            request.state.space, topic=topic, source=source, limit=limit, offset=offset
+        )
         return {"object": "list", "data": found, "total": total, "has_more": len(found) == limit}
 
     @routes.post("/memories/search", tags=["memories"])
-    async def search(body: SearchRequest) -> dict[str, Any]:
+    async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
         """Memories nearest to a text, best first."""
         await prompts_of(backend, body.query, "query", backend.card.context)
-        return {"object": "list", "data": await backend.search_memories(body)}
+        return {"object": "list", "data": await backend.search_memories(request.state.space, body)}
 
     @routes.get("/memories/{id}", tags=["memories"])
-    async def memory(id: Id) -> dict[str, Any]:
+    async def memory(id: Id, request: Request) -> dict[str, Any]:
         """One memory."""
-        if (found := await backend.get_memory(id)) is None:
+        if (found := await backend.get_memory(request.state.space, id)) is None:
             raise _no_such("memory", id)
         return found
 
     @routes.delete("/memories/{id}", tags=["memories"])
-    async def forget(id: Id) -> dict[str, Any]:
+    async def forget(id: Id, request: Request) -> dict[str, Any]:
         """Forget one memory, for good."""
-        if not await backend.delete_memory(id):
+        if not await backend.delete_memory(request.state.space, id):
             raise _no_such("memory", id)
         return {"id": id, "object": "memory", "deleted": True}
 
     @routes.get("/topics", tags=["topics"])
-    async def topics() -> dict[str, Any]:
+    async def topics(request: Request) -> dict[str, Any]:
         """Topics of prompts and memories, the most recent first."""
-        return {"object": "list", "data": await backend.topics()}
+        return {"object": "list", "data": await backend.topics(request.state.space)}
 
     @routes.post("/topics/{id}", tags=["topics"])
-    async def change_topic(id: Id, body: TopicChange) -> dict[str, Any]:
+    async def change_topic(id: Id, body: TopicChange, request: Request) -> dict[str, Any]:
         """Enable, disable or rename a topic."""
-        if (changed := await backend.change_topic(id, body)) is None:
+        if (changed := await backend.change_topic(request.state.space, id, body)) is None:
             raise _no_such("topic", id)
         return changed
 

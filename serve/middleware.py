@@ -48,7 +48,7 @@ class Gatekeeper:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._keys.check(scope)
+            scope.setdefault("state", {})["space"] = self._keys.check(scope)
             self._bodies.check(scope)
             body = await self._bodies.read(receive)
         except ApiError as refusal:

@@ -1,7 +1,9 @@
 """From settings to a backend: the model, the folder of its memories, and the gate that fits it."""
 
+import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -55,6 +57,7 @@ def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:
     opened = open_model(resolve(settings.model, storage), storage.tokens)
     opened.model.to(device)
     folder = memory_folder(storage, opened)
+    make_private(folder)
     calibration = gate_of(opened, storage, folder)
     slots = slots_of(opened, storage)
     return LocalBackend(opened, settings, folder, calibration=calibration, slots=slots, replica=replica)
@@ -63,6 +66,14 @@ def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:
 def memory_folder(storage: Storage, opened: OpenedModel) -> Path:
     """Return the folder of what an endpoint of the model remembers, counts and has measured."""
     return storage.root / "engrams" / f"{model_fingerprint(opened.model)}-served"
+
+
+def make_private(folder: Path) -> None:
+    """Keep what users say from other users of the machine: of this folder, and of what this process writes from now."""
+    os.umask(0o077)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # it belongs to another user, who decides about it
+        folder.chmod(0o700)
 
 
 def slots_of(opened: OpenedModel, storage: Storage) -> SlotMaker | None:

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hrs.models import LanguageModel
+from hrs.retrieval.engrams import engrams
 from serve.backend import Scores
 
 _LOGITS_AT_ONCE = 2**24
@@ -38,3 +42,26 @@ def mean_entropy(model: LanguageModel, ids: Sequence[int]) -> float | None:
     """Bits per token; None for a text of one token."""
     known = [bits for bits in score(model, ids).entropies if bits is not None]
     return sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reading:
+    """What the model makes of a text."""
+
+    ids: Sequence[int]
+    engram: NDArray[np.float32]
+    """[d]"""
+    entropy: float | None
+    """Mean, in bits per token; None for one token."""
+
+
+def read(model: LanguageModel, segments: Sequence[Sequence[int]], block: int | None) -> list[Reading]:
+    """Return what the model makes of segments, each no longer than the context.
+
+    Args:
+        block: whose output engrams are means of, see :func:`hrs.retrieval.engrams.engrams`.
+    """
+    return [
+        Reading(ids=ids, engram=engram, entropy=mean_entropy(model, ids))
+        for ids, engram in zip(segments, engrams(model, segments, block=block), strict=True)
+    ]

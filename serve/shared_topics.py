@@ -7,8 +7,10 @@ from typing import TypeVar
 
 import filelock
 
+from hrs.errors import HRSError
 from hrs.files import sync
 from hrs.retrieval.topics import TopicContexts, TopicInfo
+from serve.errors import storing
 
 T = TypeVar("T")
 
@@ -41,21 +43,28 @@ class SharedTopics:
             self._topics, self._state = TopicContexts(topics.width), None  # what ``how`` leaves half done is not kept
             result = how(topics)
             topics.forget(self._max_topics)
-            part = self._path.with_suffix(".part")
-            part.write_text(topics.to_json(), encoding="utf-8")
-            sync(part)
-            part.replace(self._path)
-            sync(self._path.parent)
+            with storing():
+                part = self._path.with_suffix(".part")
+                part.write_text(topics.to_json(), encoding="utf-8")
+                sync(part)
+                part.replace(self._path)
+                sync(self._path.parent)
             return result
 
     def _current(self) -> TopicContexts:
-        try:
-            stat = self._path.stat()
-        except FileNotFoundError:
+        with storing():
+            try:
+                stat = self._path.stat()
+            except FileNotFoundError:
+                return self._topics
+            # A file that replaces another has an inode of its own, so no change within one tick of the clock is missed.
+            state = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if state != self._state:
+                try:
+                    self._topics = TopicContexts.from_json(self._path.read_text(encoding="utf-8"))
+                except (HRSError, ValueError) as error:
+                    raise HRSError(
+                        f"topics {self._path} cannot be read ({error}): put back a copy, or delete them"
+                    ) from error
+                self._state = state
             return self._topics
-        # A file that replaces another has an inode of its own, so no change within one tick of the clock is missed.
-        state = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        if state != self._state:
-            self._topics = TopicContexts.from_json(self._path.read_text(encoding="utf-8"))
-            self._state = state
-        return self._topics

@@ -55,6 +55,8 @@ class _Request:
     options: RetrievalOptions
     gate: Gate | None
     """None without retrieval."""
+    store: Memories | None
+    """Where memories are sought; None for the engine's."""
     prefix: list[int] = field(default_factory=list)
     """What should stand in front of the own text now."""
     spliced: list[int] = field(default_factory=list)
@@ -137,6 +139,7 @@ class RetrievalEngine:
         context: Sequence[int] | None = None,
         *,
         n_best: int = 0,
+        store: Memories | None = None,
     ) -> int:
         """Ask for a prompt to be continued.
 
@@ -148,6 +151,7 @@ class RetrievalEngine:
                 no part of it. Of more than half the model's context the end is read, and retrieved text takes its
                 place where there is no room for both.
             n_best: see :meth:`ContinuousBatch.add`.
+            store: the memories that are looked up for this request; the engine's if None.
 
         Returns:
             The request's number, from 0 in order.
@@ -156,9 +160,9 @@ class RetrievalEngine:
             HRSError: if the batch refuses the prompt or the context, or the request cannot retrieve as it asks.
         """
         options = retrieval if retrieval is not None and retrieval.enabled else None
-        gate = None if options is None else self._retriever.gate(options)
+        gate = None if options is None else self._retriever.gate(options, store)
         number = self._batch.add(prompt, sampling, n_best=n_best)
-        request = _Request(number, len(prompt), list(context or ()), options or RetrievalOptions(), gate)
+        request = _Request(number, len(prompt), list(context or ()), options or RetrievalOptions(), gate, store)
         request.prefix, _ = self._retriever.prefix(request.context, (), 0)
         try:
             self._splice(request)
@@ -223,7 +227,7 @@ class RetrievalEngine:
         events = {}
         for request, segment, query in zip(fired, segments, queries, strict=True):
             assert request.gate is not None and request.gate.rolling.mean is not None
-            hits = self._retriever.find(query, request.options)
+            hits = self._retriever.find(query, request.options, request.store)
             n_slots, n_tokens = self._use(request, hits)
             request.n_events += 1
             events[request.number] = RetrievalEvent(

@@ -160,12 +160,8 @@ class Retriever:
     ) -> None:
         if model.training:
             raise HRSError("the model is in training mode, which draws noise: call model.eval() first")
-        fingerprint = model_fingerprint(model)
-        if store is not None and store.fingerprint != fingerprint:
-            raise HRSError(
-                f"the engram store belongs to model {store.fingerprint} and this is {fingerprint}: engrams of two "
-                "models do not compare, so fill a store with this one"
-            )
+        self._fingerprint = fingerprint = model_fingerprint(model)
+        self._require_own(store)
         if isinstance(store, EngramStore) and store.block != block:
             raise HRSError(
                 f"the engram store has engrams of block {store.block} and block {block} is asked for: give the store's"
@@ -189,13 +185,18 @@ class Retriever:
 
     # ---- before anything is retrieved --------------------------------------------------------------------------------
 
-    def gate(self, options: RetrievalOptions) -> Gate:
-        """A new gate for a request.
+    def gate(self, options: RetrievalOptions, store: Memories | None = None) -> Gate:
+        """Make a new gate for a request.
+
+        Args:
+            store: memories of this request alone, in place of the retriever's.
 
         Raises:
-            HRSError: if there are no memories or no gate, or the model cannot read memories the way the mode says.
+            HRSError: if there are no memories or no gate, the memories belong to another model, or the model cannot
+                read memories the way the mode says.
         """
-        if self.store is None:
+        self._require_own(store)
+        if self.store is None and store is None:
             raise HRSError("retrieval needs an engram store and none was opened: open one, or ask without retrieval")
         if options.uses_slots and not self.model.takes_memory:
             raise HRSError(
@@ -219,10 +220,13 @@ class Retriever:
         """[N, d], the engrams of segments."""
         return engrams(self.model, segments, block=self._block)
 
-    def find(self, query: NDArray[np.float32], options: RetrievalOptions) -> tuple[Hit, ...]:
-        """Memories for the engram [d] of a segment, best first."""
-        assert self.store is not None, "gate() comes first"
-        found = self.store.search(
+    def find(
+        self, query: NDArray[np.float32], options: RetrievalOptions, store: Memories | None = None
+    ) -> tuple[Hit, ...]:
+        """Return memories for the engram [d] of a segment, best first; from ``store`` if :meth:`gate` was given it."""
+        store = self.store if store is None else store
+        assert store is not None, "gate() comes first"
+        found = store.search(
             query[None],
             options.k,
             min_similarity=options.min_similarity,
@@ -267,6 +271,13 @@ class Retriever:
         full, a new window starts with half as many, as without a prefix (:func:`hrs.generation.window_length`)."""
         room = self.model.max_seq_len - n_prefix
         return window_length(n_own, room, max(room // 2, 1))
+
+    def _require_own(self, store: Memories | None) -> None:
+        if store is not None and store.fingerprint != self._fingerprint:
+            raise HRSError(
+                f"the engram store belongs to model {store.fingerprint} and this is {self._fingerprint}: engrams of "
+                "two models do not compare, so fill a store with this one"
+            )
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -423,6 +424,9 @@ def test_the_command_serves_drains_and_leaves_nothing(run_directory: Path, stora
         assert command.process.wait() == 0, "".join(command.said)
         newcomers.were_told()
     psutil.wait_procs(family)
+    (folder,) = storage.glob("engrams/*-served")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+    assert modes == {0o700, 0o600}, "what users say is nobody else's"
     with Command(run_directory, storage, "--grace", "3600") as again:  # which it does not wait for, as nothing runs
         url = f"http://127.0.0.1:{again.port}/v1"
         texts = [memory["text"] for memory in httpx.get(f"{url}/memories").json()["data"]]

@@ -1,0 +1,75 @@
+"""Whose memories are whose: a folder for each API key, or one for everybody if no keys are asked for."""
+
+import threading
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from hrs.data.tokenization import end_of_text_id
+from hrs.models import LanguageModel
+from hrs.retrieval.engrams import model_fingerprint
+from hrs.retrieval.store import EngramStore
+from serve.errors import storing
+from serve.joint_store import JointStore
+from serve.memories import Memories
+from serve.settings import Settings
+from serve.shared_topics import SharedTopics
+
+EVERYBODY = ""
+"""The name of the space of an endpoint without keys."""
+
+
+class Spaces:
+    """Memories and topics by space, each opened when it is first asked for.
+
+    The engram store of ``settings.memories`` is read and written by everybody if there are no keys. Otherwise it is
+    read by all keys, and each writes to a store of its own.
+
+    Args:
+        folder: of all that the model's endpoints remember.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, folder: Path, settings: Settings) -> None:
+        self._folder, self._settings = folder, settings
+        self._fingerprint, self._width = model_fingerprint(model), model.d_model
+        self._end_id = end_of_text_id(tokenizer)
+        self._opened: dict[str, Memories] = {}
+        self._common: EngramStore | None = None
+        self._lock = threading.Lock()
+
+    def of(self, space: str) -> Memories:
+        """Return the memories of a space, made if there are none yet.
+
+        Raises:
+            StorageError: if they are damaged or belong to another model.
+        """
+        with self._lock:
+            if space not in self._opened:
+                with storing():
+                    self._opened[space] = self._open(space)
+            return self._opened[space]
+
+    def _open(self, space: str) -> Memories:
+        given = None if self._settings.memories is None else Path(self._settings.memories).expanduser()
+        if space == EVERYBODY:
+            folder, store = self._folder, self._store(given or self._folder / "store")
+            return Memories(store, self._topics(folder), self._end_id)
+        folder = self._folder / "keys" / space
+        own = self._store(folder / "store")
+        if given is None:
+            return Memories(own, self._topics(folder), self._end_id)
+        if self._common is None:
+            self._common = self._store(given)
+        return Memories(JointStore(own, self._common), self._topics(folder), self._end_id)
+
+    def _store(self, path: Path) -> EngramStore:
+        return EngramStore.open(
+            path,
+            fingerprint=self._fingerprint,
+            block=self._settings.memory_block,
+            width=self._width,
+            normalisation=self._settings.memory_normalisation,
+        )
+
+    def _topics(self, folder: Path) -> SharedTopics:
+        return SharedTopics(folder, self._width, self._settings.max_topics)
