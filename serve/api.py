@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 from fastapi import Path as InPath
+from fastapi.security import HTTPBearer
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from serve.access import Keys
 from serve.backend import Backend
 from serve.checks import require_model
 from serve.completions import completion_routes
+from serve.docs_page import docs_routes
 from serve.errors import ApiError, install_handlers
 from serve.memory_routes import memory_routes
 from serve.middleware import Gatekeeper
@@ -57,11 +59,15 @@ def make_api(backend: Backend) -> FastAPI:
     Raises:
         HRSError: if the settings' key file cannot be read.
     """
-    api = FastAPI(title="hrs", version="1", responses=_REFUSALS)
-    api.add_middleware(Gatekeeper, backend=backend, keys=Keys(read_api_keys(backend.settings)))
+    keys = read_api_keys(backend.settings)
+    # Only described here, so that the page at /docs asks for the key; what checks it is the middleware.
+    key = [Security(HTTPBearer(auto_error=False))] if keys else []
+    api = FastAPI(title="hrs", version="1", responses=_REFUSALS, docs_url=None, redoc_url=None, dependencies=key)
+    api.add_middleware(Gatekeeper, backend=backend, keys=Keys(keys))
     install_handlers(api)
     api.include_router(completion_routes(backend))
     api.include_router(memory_routes(backend))
+    api.include_router(docs_routes())
 
     @api.get("/v1/models", tags=["models"])
     async def models() -> dict[str, Any]:

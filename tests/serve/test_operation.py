@@ -1,6 +1,7 @@
 """Keys, health, draining and figures of an endpoint."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,24 @@ def test_a_key_may_come_from_the_environment(another, monkeypatch: pytest.Monkey
         assert endpoint.client("from-outside").models.list().data
         with pytest.raises(openai.AuthenticationError):
             endpoint.client("other").models.list()
+
+
+def test_the_page_of_the_api_works_offline_and_with_a_key(another, endpoint, tmp_path: Path) -> None:
+    (tmp_path / "key-file").write_text("a-key")
+    with another(api_key_file=str(tmp_path / "key-file")) as guarded:
+        page = httpx.get(f"{guarded.url}/docs")
+        assert page.status_code == 200
+        loaded = re.findall(r'(?:src|href)="([^"]+)"|url: \'([^\']+)\'', page.text)
+        names = {name for pair in loaded for name in pair if name and name != "data:,"}
+        assert names == {"docs/swagger-ui-bundle.js", "docs/swagger-ui.css", "openapi.json"}, "nothing of other sites"
+        for name in names:
+            assert httpx.get(f"{guarded.url}/{name}").status_code == 200
+        document = httpx.get(f"{guarded.url}/openapi.json").json()
+        assert document["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+        assert document["paths"]["/v1/models"]["get"]["security"] == [{"HTTPBearer": []}]
+        assert httpx.get(f"{guarded.url}/docs/x").status_code == 401
+    assert httpx.get(f"{endpoint.url}/docs/x").status_code == 404
+    assert "securitySchemes" not in httpx.get(f"{endpoint.url}/openapi.json").json()["components"]
 
 
 # ---- operation -------------------------------------------------------------------------------------------------------

@@ -326,6 +326,9 @@ def test_what_others_wrote_is_text_and_never_html(site, visit: Callable) -> None
     expect(page.locator(".found .text").first).to_have_text(EVIL)
     expect(page.locator("#memories .text")).to_have_text(EVIL)
     expect(page.locator("#text .prompt")).to_have_text(EVIL)
+    foreign = ("#text .prompt", "#text .token", ".found .text", ".found bdi", "#memories .text", "#memories .dim bdi")
+    for place in foreign:  # a sign that turns the direction of writing ends where the text does
+        assert page.locator(place).first.evaluate("e => getComputedStyle(e).unicodeBidi") == "isolate", place
     expect(page.locator("img, body script ~ script, aside script, main script")).to_have_count(0)
     expect(page).to_have_title("hrs playground")
 
