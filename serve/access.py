@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from serve.errors import ApiError
 
-_OPEN_TO_ALL = {"/", "/healthz", "/openapi.json", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"}
+OPEN_TO_ALL = {"/", "/healthz", "/openapi.json", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"}
 """Paths that need no key: pages that ask for one with what they load, and the question whether anyone is there."""
 
 
@@ -28,7 +28,7 @@ class Keys:
         Raises:
             ApiError: 401 if it has none of these keys and needs one.
         """
-        if not self._digests or scope["path"] in _OPEN_TO_ALL:
+        if not self._digests or scope["path"] in OPEN_TO_ALL:
             return ""
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(given.strip()).digest()

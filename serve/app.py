@@ -63,7 +63,7 @@ def build(settings: Settings) -> Application:
     deployment = Replica.options(  # type: ignore[attr-defined]
         # The replica itself refuses what has no room, and says so as OpenAI does; what comes beyond that, from clients
         # that do not wait for their refusal, is refused by whoever passes requests on to it, and does not queue there.
-        max_ongoing_requests=2 * most_texts(settings) + MOST_OTHERS,
+        max_ongoing_requests=2 * most_texts(settings) + 3 * MOST_OTHERS,
         max_queued_requests=MOST_OTHERS,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         autoscaling_config={

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.access import Hosts, Keys
+from serve.access import OPEN_TO_ALL, Hosts, Keys
 from serve.bodies import Bodies
 from serve.errors import ApiError, as_api_error
 from serve.metrics import Metrics
@@ -22,8 +22,10 @@ Forward = Callable[[Scope, bytes], AsyncGenerator[list[Message], None]]
 """Passes a request with its body on to a replica: :func:`serve.answering.answer`, from here or from afar."""
 
 _HEALTH = "/healthz"
-_GENERATES = {"/v1/completions", "/v1/chat/completions"}
-"""Paths of requests that hold a slot or a place in the queue."""
+_KINDS = {_HEALTH: "health"} | dict.fromkeys(OPEN_TO_ALL - {_HEALTH}, "pages")
+_KINDS |= dict.fromkeys(("/v1/completions", "/v1/chat/completions"), "texts")
+"""Kinds of requests by path, each with room of its own: texts hold a slot or a place in the queue, and whoever has no
+key, and asks for pages without reading them, takes the place of nothing else. All others are "others"."""
 _PASSED_ON = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
               "headers", "client", "server")  # fmt: skip
 
@@ -33,7 +35,7 @@ class Front:
 
     Args:
         most_texts: requests of one replica that may generate or wait for it at once.
-        most_others: requests of one replica of all other kinds at once.
+        most_others: requests of one replica of each other kind at once.
     """
 
     def __init__(
@@ -49,8 +51,8 @@ class Front:
     ) -> None:
         self._forward, self._keys, self._hosts, self._bodies = forward, keys, hosts, bodies
         self._metrics = metrics
-        self._most = {True: most_texts, False: most_others}
-        self._running: dict[bool, set[_Reply]] = {True: set(), False: set()}
+        self._most_texts, self._most_others = most_texts, most_others
+        self._running: dict[str, set[_Reply]] = {kind: set() for kind in (*_KINDS.values(), "others")}
         self._reading: set[asyncio.Task[bytes | None]] = set()
         self._stopping = False
         self._changed = asyncio.Event()
@@ -67,9 +69,12 @@ class Front:
         """Take note of how many replicas run. Without any, requests are refused, also those that wait for one."""
         self._n_replicas = n
         if not n:
-            for reply in [*self._running[True], *self._running[False]]:
+            for reply in self._all_running():
                 if not reply.started:
                     reply.end(_no_replica())
+
+    def _all_running(self) -> "list[_Reply]":
+        return [reply for running in self._running.values() for reply in running]
 
     def refuse(self) -> None:
         """Refuse new requests from now on, also those whose body is not complete."""
@@ -85,7 +90,7 @@ class Front:
 
     def cut_off(self) -> None:
         """End the running replies; their clients are told that the endpoint stopped."""
-        for reply in [*self._running[True], *self._running[False]]:
+        for reply in self._all_running():
             reply.end(ApiError(503, "the endpoint stopped before this reply was finished", retry_after=5))
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -132,14 +137,15 @@ class Front:
             raise _stopping()
         if not self._n_replicas:
             raise _no_replica()
-        generates = scope["path"] in _GENERATES
-        if len(self._running[generates]) >= self._most[generates] * self._n_replicas:
-            sentence = f"{len(self._running[generates])} requests are being answered or wait, and no more may"
+        kind = _KINDS.get(scope["path"], "others")
+        most = self._most_texts if kind == "texts" else self._most_others
+        if (n := len(self._running[kind])) >= most * self._n_replicas:
+            sentence = f"{n} requests are being answered or wait, and no more may"
             raise ApiError(429, f"{sentence}: try again shortly", code="queue_full", retry_after=1)
 
     async def _pass_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         reply = _Reply(send)
-        running = self._running[scope["path"] in _GENERATES]
+        running = self._running[_KINDS.get(scope["path"], "others")]
         running.add(reply)
         try:
             passed = {name: scope[name] for name in _PASSED_ON if name in scope}

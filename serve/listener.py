@@ -39,7 +39,7 @@ class Limits:
     write_seconds: float = 60.0
     """For a client to take what it is sent, when the buffers towards it are full."""
     connections: int = 1000
-    """Open at once. One more ends the one that waits longest for a request."""
+    """Open at once. One more ends the one that waits longest for a complete request."""
     pipelined: int = 8
     """Requests that a connection may send ahead of its replies."""
 
@@ -52,7 +52,7 @@ class LimitedProtocol(HttpToolsProtocol):
     """One connection.
 
     Args:
-        waiting: the server's connections on which no reply is being made, the one that waits longest first.
+        waiting: the server's connections without a complete request, the one that waits longest first.
     """
 
     def __init__(self, *args: Any, limits: Limits, waiting: "dict[LimitedProtocol, None]", **more: Any) -> None:
@@ -117,13 +117,13 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_header = False
         self._stop_reading_clock()
-        self._waiting.pop(self, None)
         if len(self.pipeline) >= self._limits.pipelined:
             raise _TooLong
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._in_message = False
+        self._waiting.pop(self, None)
         super().on_message_complete()
         if self.cycle.response_complete:
             self._stop_reading_clock()

@@ -80,6 +80,7 @@ class LocalBackend:
         self._engine = Engine(
             self._decoder, self._pieces, limit=settings.slots + settings.max_queue, metrics=self.metrics
         )
+        self._checking: asyncio.Future[dict[str, Any]] | None = None
         self._figures = folder / "replicas"
         self._stop_publishing = keep_published(self.metrics, self._figures)
 
@@ -165,6 +166,11 @@ class LocalBackend:
         return self._engine.n_accepted
 
     async def check(self) -> dict[str, Any]:
+        if self._checking is None or self._checking.done():  # those who ask meanwhile, without a key, share its answer
+            self._checking = asyncio.ensure_future(self._check())
+        return await asyncio.shield(self._checking)
+
+    async def _check(self) -> dict[str, Any]:
         def forward() -> bool:
             device = next(self._model.parameters()).device
             with torch.no_grad():

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hrs.errors import HRSError
 
 MOST_OTHERS = 64
-"""Requests of a replica at once that need no slot."""
+"""Requests of a replica at once that need no slot, of each kind."""
 
 
 class Settings(BaseModel):

@@ -24,6 +24,7 @@ from serve.metrics import Metrics
 
 QUICK = Limits(header_seconds=0.3, rest_seconds=0.3, idle_seconds=1, write_seconds=0.3, connections=20)
 MOST = 100_000
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nauthorization: Bearer %s\r\ncontent-length: %d\r\n\r\n"
 OK = [
     {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]},
     {"type": "http.response.body", "body": b"ok"},
@@ -33,7 +34,7 @@ OK = [
 class Stand:
     """A front before replicas that a test plays."""
 
-    def __init__(self, limits: Limits, keys: list[str]) -> None:
+    def __init__(self, limits: Limits, keys: list[str], body_seconds: float) -> None:
         self.asked: list[tuple[str, int]] = []
         """Paths and lengths of bodies that came through to a replica."""
         self.cancelled = 0
@@ -45,7 +46,7 @@ class Stand:
             self._forward,
             keys=Keys(keys),
             hosts=Hosts("127.0.0.1", ["proxied.example"]),
-            bodies=Bodies(MOST, 0.5),
+            bodies=Bodies(MOST, body_seconds),
             metrics=Metrics("front"),
             most_texts=3,
             most_others=50,
@@ -83,8 +84,8 @@ class Stand:
                 await asyncio.get_running_loop().run_in_executor(None, self.go_on.wait)
             if scope["path"] == "/dies":
                 raise died()
-            if scope["path"] == "/endless":
-                yield OK[:1]
+            if scope["path"] in ("/endless", "/docs"):
+                yield [{"type": "http.response.start", "status": 200, "headers": []}]
                 while True:
                     yield [{"type": "http.response.body", "body": b"x" * 65536, "more_body": True}]
                     await asyncio.sleep(0)
@@ -121,8 +122,8 @@ class Stand:
 
 
 @contextlib.contextmanager
-def standing(limits: Limits = QUICK, keys: list[str] | None = None) -> Iterator[Stand]:
-    stand = Stand(limits, keys or [])
+def standing(limits: Limits = QUICK, keys: list[str] | None = None, body_seconds: float = 0.5) -> Iterator[Stand]:
+    stand = Stand(limits, keys or [], body_seconds)
     try:
         yield stand
     finally:
@@ -185,17 +186,19 @@ def test_a_header_that_does_not_come_ends_the_connection(stand: Stand, sent: byt
     assert answer.count("HTTP/1.1 200") == sent.count(b"\r\n\r\n")
 
 
-def test_connections_that_send_nothing_keep_nobody_out(stand: Stand) -> None:
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1", HEAD % (b"", 9) + b"{"], ids=["nothing", "header", "body"])
+def test_connections_without_a_complete_request_keep_nobody_out(sent: bytes) -> None:
     patient = Limits(header_seconds=3600, connections=20)
-    with standing(patient) as full, contextlib.ExitStack() as opened:
+    with standing(patient, body_seconds=3600) as full, contextlib.ExitStack() as opened:
         idle = [opened.enter_context(full.connect()) for _ in range(60)]
+        for connection in idle:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(sent)
         assert all(full.is_up() for _ in range(5))
         assert full.answers(idle[0]) == "", "the one that waited longest made room"
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------
-
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nauthorization: Bearer %s\r\ncontent-length: %d\r\n\r\n"
 
 
 def test_unfinished_bodies_hold_nothing_and_end(stand: Stand) -> None:
@@ -333,6 +336,16 @@ def test_what_is_too_much_is_refused_at_once(busy) -> None:
     for thread in (*threads, waiting):
         thread.join()
     assert [answer.text for answer in answers] == ["ok"] * 3
+
+
+def test_pages_that_nobody_reads_take_the_place_of_nothing_else() -> None:
+    with standing(Limits(write_seconds=3600, connections=100)) as made, contextlib.ExitStack() as opened:
+        for _ in range(50):
+            opened.enter_context(made.connect()).sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: made.front.n_running == 50)
+        assert httpx.get(f"{made.url}/docs").status_code == 429
+        for path in ("/healthz", "/v1/models"):
+            assert httpx.get(made.url + path).text == "ok"
 
 
 def test_without_a_replica_everybody_is_told_at_once(busy) -> None:
