@@ -40,7 +40,7 @@ class Sampling:
         require_within(self, temperature=(0.0, 100.0), top_p=(0.0, 1.0), min_p=(0.0, 1.0))
         require_within(self, repetition_penalty=(0.01, 100.0))
         require_at_least(self, top_k=0, max_new_tokens=1)
-        require_within(self, seed=(0, 2**63 - 1))
+        require_within(self, seed=(0, 2**64 - 1))  # the endpoint draws from all of them
         if not isinstance(self.stop, tuple) or "" in self.stop:  # a bare string would count letter by letter
             raise HRSError(f"stop must be a tuple of strings, none of them empty, got {self.stop!r}")
 
