@@ -17,7 +17,6 @@ from hrs.threads import MOST_THREADS, set_threads
 app = typer.Typer(
     help="An experiment queue for language-model research: name ablations, get a table you can believe.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -32,23 +31,51 @@ Corpus = Annotated[
 
 
 def _model_path(text: str) -> Path:
-    """Where a model lies: what is named in the registry is found there, a path stays what it is."""
-    if not text.startswith("mlflow:"):
+    """Where a model lies that is named by a path, a run's key, a study, or in the registry."""
+    if Path(text).exists():
         return Path(text)  # without the tracking store, which a path has no use for
     from hrs.storage import open_storage
-    from hrs.tracking import resolve_model
+    from hrs.tracking.naming import find_model
 
-    return resolve_model(open_storage(), text)
+    return find_model(open_storage(writable=text.startswith("mlflow:")), text)
 
 
+def _complete_model(incomplete: str) -> list[str]:
+    """Studies, runs and ``PRESET@STUDY`` that begin with what was typed."""
+    from hrs.storage import open_storage
+    from hrs.tracking.naming import model_names
+
+    return model_names(open_storage(writable=False), incomplete)
+
+
+def _complete_study(incomplete: str) -> list[str]:
+    from hrs.storage import open_storage
+    from hrs.tracking import Tracker
+
+    return [name for name in Tracker(open_storage(writable=False)).studies() if name.startswith(incomplete)]
+
+
+def _complete_preset(incomplete: str) -> list[str]:
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def _complete_named_study(incomplete: str) -> list[str]:
+    return [name for name in STUDIES if name.startswith(incomplete)]
+
+
+MODEL_HELP = (
+    "A study (its best causal run), PRESET@STUDY, the beginning of a run's key, a run's directory, one of its "
+    "checkpoints, an artifact, or mlflow:NAME@ALIAS of the registry."
+)
 Model = Annotated[
     Path,
-    typer.Argument(
-        parser=_model_path,
-        metavar="MODEL",
-        help="A run's directory, one of its checkpoints, an artifact, or mlflow:NAME@ALIAS of the registry.",
-    ),
+    typer.Argument(parser=_model_path, metavar="MODEL", autocompletion=_complete_model, help=MODEL_HELP),
 ]
+PresetName = Annotated[str, typer.Argument(autocompletion=_complete_preset, help="A name that `hrs presets` lists.")]
+NamedStudy = Annotated[
+    str, typer.Argument(autocompletion=_complete_named_study, help="A named list of presets, such as v1.")
+]
+StudyName = Annotated[str, typer.Argument(autocompletion=_complete_study, help="The study's name, such as v1-tiny.")]
 
 
 @app.callback()
@@ -86,7 +113,7 @@ def presets(
 
 
 @app.command()
-def show(preset: str, scale: Scale = "tiny", overrides: Overrides = None) -> None:
+def show(preset: PresetName, scale: Scale = "tiny", overrides: Overrides = None) -> None:
     """Print a preset's lineage, parameters and every config field."""
     config = experiment(preset, scale, overrides=_changes(None, overrides))
     print(" -> ".join(p.name for p in lineage(preset)))
@@ -96,7 +123,7 @@ def show(preset: str, scale: Scale = "tiny", overrides: Overrides = None) -> Non
 
 
 @app.command()
-def diff(left: str, right: str, scale: Scale = "tiny") -> None:
+def diff(left: PresetName, right: PresetName, scale: Scale = "tiny") -> None:
     """Print the config fields in which two presets differ, and their parameter counts."""
     a, b = experiment(left, scale), experiment(right, scale)
     for field in compare(a, b):
@@ -106,7 +133,7 @@ def diff(left: str, right: str, scale: Scale = "tiny") -> None:
 
 @app.command()
 def train(
-    preset: str,
+    preset: PresetName,
     scale: Scale = "tiny",
     seed: Seed = 0,
     corpus: Corpus = None,
@@ -125,7 +152,12 @@ def train(
 @app.command()
 def audit(
     model: Annotated[
-        str | None, typer.Argument(metavar="[PRESET|MODEL]", help="A preset's name, or a model as for evaluate.")
+        str | None,
+        typer.Argument(
+            metavar="[PRESET|MODEL]",
+            autocompletion=lambda incomplete: _complete_preset(incomplete) + _complete_model(incomplete),
+            help="A preset's name, or a model as for evaluate.",
+        ),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Audit every preset; status 1 if one is not what its label says.")
@@ -146,10 +178,10 @@ def audit(
         raise HRSError("audit takes one preset or run directory, or --all alone: see 'hrs audit --help'")
     if model is None:
         raise typer.Exit(_audit_all(scale, seed))
-    if (path := _model_path(model)).exists():
-        network, _ = load(path)
-    else:
+    if model in PRESETS and not Path(model).exists():
         network = new_model(experiment(model, scale, seed).model, seed)
+    else:
+        network, _ = load(_model_path(model))
     report = run_audit(network, seed=seed, random_token_training=random_tokens)
     print(report)
     raise typer.Exit(0 if report.causal else 1)
@@ -207,7 +239,7 @@ def evaluate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's directory, or one of its checkpoints.")],
+    checkpoint: Model,
     budget: Annotated[str | None, typer.Option(help="Most bytes of the file: 16MB, 16MiB or a number.")] = None,
     bits: Annotated[
         int | None,
@@ -333,7 +365,7 @@ def serve(
 
 @app.command()
 def report(
-    study: Annotated[str, typer.Argument(help="The study's name, such as v1-tiny.")],
+    study: StudyName,
     code_version: Annotated[
         str | None, typer.Option(help="Runs of an earlier code version instead of the newest one's.")
     ] = None,
@@ -351,8 +383,22 @@ def report(
 
 
 @app.command()
+def runs(
+    study: Annotated[
+        str | None, typer.Argument(autocompletion=_complete_study, help="Only the runs of this study.")
+    ] = None,
+    last: Annotated[int, typer.Option(min=0, help="Only so many of the newest; 0 for all.")] = 50,
+) -> None:
+    """List runs with their keys, presets, scores and sizes."""
+    from hrs.cluster.listing import list_runs
+    from hrs.storage import open_storage
+
+    print(list_runs(open_storage(writable=False), study, last))
+
+
+@app.command()
 def promote(
-    study: Annotated[str, typer.Argument(help="The study's name, such as v1-tiny.")],
+    study: StudyName,
     name: Annotated[str, typer.Option(help="Name of the registered model.")] = "hrs",
     alias: Annotated[str, typer.Option(help="Points at the promoted version from now on.")] = "champion",
 ) -> None:
@@ -391,7 +437,12 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this ma
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def plan(context: typer.Context, study: Annotated[str, typer.Argument(help="A study's name.")]) -> None:
+def plan(
+    context: typer.Context,
+    study: Annotated[
+        str, typer.Argument(autocompletion=_complete_named_study, help="A named list of presets, such as v1.")
+    ],
+) -> None:
     """Print what a study would do, without starting it. Takes the options of jobs/ablation_sweep.py."""
     from jobs.ablation_sweep import main as sweep
 

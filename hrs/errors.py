@@ -21,11 +21,20 @@ def reason_of(error: BaseException) -> str:
     """Return why work ended, as one line: a user's sentence as it is, anything else with its type, file and line."""
     if isinstance(error, HRSError):
         return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error}): make room, then run the same command again"
+    if is_full(error):
+        return f"the disk is full ({str(error).splitlines()[0][:200]}): make room, then run the same command again"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return " ".join(f"{type(error).__name__}: {error}".split()) + place
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return True if an error, or what caused it, says that a disk is full: SQLite and MLflow say so in words only."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def shown(value: object) -> str:

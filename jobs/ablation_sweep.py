@@ -166,7 +166,7 @@ def keep_page(study: str, study_id: str, tracker: Tracker, storage: Storage) -> 
     try:
         print(write_page(study, tracker.study_records(study), tracker, storage), flush=True)
         tracker.log_study_artifact(study_id, storage.report(study))
-    except HRSError as error:
+    except (HRSError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return False
     return True

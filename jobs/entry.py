@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from hrs.errors import HRSError
+from hrs.errors import HRSError, is_full, reason_of
 from hrs.threads import set_threads
 
 
 def run_entry(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and exit with its status; :class:`HRSError` is printed and becomes 2, Ctrl-C becomes 130.
+    """Run ``main`` and exit with its status; :class:`HRSError` and a full disk are printed and become 2, Ctrl-C 130.
 
     Torch has one thread in it unless ``OMP_NUM_THREADS`` says otherwise. Characters that the output's encoding lacks
     are printed as their numbers. A reader that goes away, as ``head`` does, ends the process with 141 and no word.
@@ -38,7 +38,10 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
         status = 141
     except BaseException as error:
         _close_studies(error)
-        raise
+        if not is_full(error):
+            raise
+        print(f"error: {reason_of(error)}", file=sys.stderr, flush=True)
+        status = 2
     sys.exit(status)
 
 

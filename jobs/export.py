@@ -20,13 +20,11 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.hardware import offers_gpus
 from hrs.cluster.preflight import connect, preflight
 from hrs.cluster.workers import reserved_runtime
-from hrs.errors import HRSError
 from hrs.export import ExportResult, export, format_result, open_model, open_text, parse_budget
 from hrs.files import write_whole
-from hrs.report.records import RunRecord
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
-from hrs.tracking.candidates import judge
+from hrs.tracking.naming import find_model
 from jobs.entry import run_entry
 from jobs.options import Parser, file, whole
 
@@ -36,7 +34,11 @@ FILE, RESULT = "model.hrs", "export.json"
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The job's command line."""
     parser = Parser(prog="jobs/export.py", description="Export a trained model to one small file.")
-    parser.add_argument("source", metavar="STUDY|RUN_DIRECTORY", help="a study's name such as v1-tiny, or a directory")
+    parser.add_argument(
+        "source",
+        metavar="MODEL",
+        help="a study such as v1-tiny (its best causal run), PRESET@STUDY, the beginning of a run's key, or a path",
+    )
     parser.add_argument("--budget", help="most bytes of the file: 16MB (decimal), 16MiB (binary) or a plain number")
     parser.add_argument(
         "--bits", type=whole(4, 8), help="width of the integers, 4 to 8 (default: 8, or what fits the budget)"
@@ -50,18 +52,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=file, help=f"the file to write (default {FILE} in the run's directory)")
     return parser.parse_args(arguments)
-
-
-def best_run(study: str, records: Sequence[RunRecord]) -> RunRecord:
-    """The finished, causal run with the fewest bits per byte.
-
-    Raises:
-        HRSError: if there is none.
-    """
-    candidates = judge(records)
-    if candidates and candidates[0].verdict == "taken":
-        return candidates[0].record
-    raise HRSError(f"study '{study}' has no finished run that passed the audit: finish one, or name a directory")
 
 
 def export_run(directory: Path, target: Path, options: argparse.Namespace, storage: Storage) -> ExportResult:
@@ -87,13 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     storage = open_storage()
     preflight(storage)
     tracker = Tracker(storage)
-    directory = Path(options.source)
-    if directory.is_dir():
-        directory = directory.resolve()
-    else:
-        best = best_run(options.source, tracker.study_records(options.source, with_history=False))
-        print(f"best causal run: {best.preset}/{best.seed}, {best.metrics['bits_per_byte']:.4f} bits per byte")
-        directory = storage.run(best.key)
+    directory = find_model(storage, options.source).resolve()
+    print(f"model: {directory}")
     target = (options.output or directory / FILE).resolve()
 
     gpus = float(offers_gpus(connect(storage)))

@@ -114,8 +114,6 @@ def paths_of(sources: Sequence[str], storage: Storage, tracker: Tracker) -> list
         if (path := find_model(storage, source)) is not None:
             paths.append(path)
             continue
-        if "/" in source:
-            raise HRSError(f"model {source} does not exist: name a run's directory, an artifact or a study")
         keys = tracker.study_keys(source)
         finished = tracker.finished(keys)
         if not finished:

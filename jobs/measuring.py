@@ -10,32 +10,31 @@ from hrs.cluster.preflight import connect
 from hrs.cluster.workers import reserved_runtime
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore
-from hrs.errors import HRSError
 from hrs.export import OpenedModel, open_model, open_text
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.storage import Storage
-from hrs.tracking import Tracker, resolve_model
+from hrs.tracking import Tracker
+from hrs.tracking.naming import find_model as named_model
 
 
 def find_model(storage: Storage, source: str) -> Path | None:
-    """Where the model lies that a path or ``mlflow:NAME@ALIAS`` names; None if that is no model's name.
+    """Where the model lies that is named, see :mod:`hrs.tracking.naming`; None for the name of a study.
 
     Raises:
-        HRSError: for a registered name, alias or version that does not exist.
+        HRSError: if nothing has that name, or several do.
     """
-    path = resolve_model(storage, source).resolve()
-    return path if path.exists() else None
+    if not Path(source).exists() and source in Tracker(storage).studies():
+        return None
+    return named_model(storage, source).resolve()
 
 
 def require_model(storage: Storage, source: str) -> Path:
-    """The same of a model that must exist.
+    """Where the model lies that is named; for the name of a study its best causal run.
 
     Raises:
-        HRSError: if it does not.
+        HRSError: if nothing has that name, or several do.
     """
-    if (path := find_model(storage, source)) is None:
-        raise HRSError(f"model {source} does not exist: name a run's directory, an artifact or mlflow:NAME@ALIAS")
-    return path
+    return named_model(storage, source).resolve()
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------

@@ -47,8 +47,8 @@ from hrs.retrieval.topics.stress import stress_suite
 from hrs.retrieval.topics.stress_result import Embed, StressResult, Thresholds, random_embed
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
+from hrs.tracking.naming import best_run
 from jobs.entry import run_entry
-from jobs.export import best_run
 from jobs.measuring import find_model, tell
 from jobs.options import SEEDS, Parser, whole
 

@@ -30,19 +30,16 @@ _log = logging.getLogger("serve")
 
 
 def resolve(model: str, storage: Storage) -> Path:
-    """Where a model lies, given its path or ``mlflow:NAME@ALIAS``.
+    """Where a model lies, given its path or another of its names (:mod:`hrs.tracking.naming`).
 
     Raises:
         HRSError: if there is no such model.
     """
-    if model.startswith("mlflow:"):
-        from hrs.tracking import resolve_model
+    if (path := absolute_path(model)).exists():
+        return path
+    from hrs.tracking.naming import find_model
 
-        return resolve_model(storage, model)
-    path = absolute_path(model)
-    if not path.exists():
-        raise HRSError(f"there is no model at {path}: give a run's directory, an artifact, or mlflow:NAME@ALIAS")
-    return path
+    return find_model(storage, model)
 
 
 def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:

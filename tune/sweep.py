@@ -30,6 +30,8 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 from ray import tune  # reads its environment when it is imported
 
+_log = logging.getLogger(__name__)
+
 RETRIES = 2
 """Times a trial whose process or node was lost is started again from its last checkpoint.
 
@@ -72,9 +74,13 @@ class Endings:
     def record(self, study_id: str, storage: Storage) -> None:
         """Track what has no outcome yet."""
         tracker = Tracker(storage)
-        tracker.reap()  # knows more of a crash than Ray does
+        with contextlib.suppress(HRSError):
+            tracker.reap()  # knows more of a crash than Ray does
         for run, outcome, reason in self._ended:
-            tracker.note_end(run.key, study_id, run.config, run.data_fingerprint, outcome, reason)
+            try:
+                tracker.note_end(run.key, study_id, run.config, run.data_fingerprint, outcome, reason)
+            except Exception as error:  # the table says "missing" then, and the line above said why
+                _log.warning("the end of %s could not be recorded: %s", run.label, " ".join(str(error).split())[:200])
 
 
 @contextlib.contextmanager

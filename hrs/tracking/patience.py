@@ -50,11 +50,6 @@ def is_locked(error: BaseException | None) -> bool:
     return any("database is locked" in str(e) or "database table is locked" in str(e) for e in _chain(error))
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Return True if an error, or what caused it, says that the disk is full."""
-    return any("disk is full" in str(e) or "No space left" in str(e) for e in _chain(error))
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from hrs.errors import HRSError
+from hrs.errors import HRSError, is_full
 from hrs.storage import Storage
 from hrs.tracking.history import EXPERIMENT, ClientHistory, History, SqliteHistory
-from hrs.tracking.patience import LOCK_SECONDS, PatientClient, is_full, patiently
+from hrs.tracking.patience import LOCK_SECONDS, PatientClient, patiently
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

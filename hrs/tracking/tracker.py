@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrs import strict_json
 from hrs.config import ExperimentConfig, flatten, to_dict
-from hrs.errors import HRSError, reason_of
+from hrs.errors import HRSError, is_full, reason_of
 from hrs.identity import code_version
 from hrs.storage import Storage
 from hrs.tracking.crash import why_it_ended
@@ -118,11 +118,21 @@ class Tracker:
         close_run(self._client, study_id, outcome, reason)
 
     def log_study_artifact(self, study_id: str, path: Path) -> None:
-        """Store a copy of a file or directory, such as the report, with the study."""
-        if path.is_dir():
-            self._client.log_artifacts(study_id, str(path), path.name)
-        else:
-            self._client.log_artifact(study_id, str(path))
+        """Store a copy of a file or directory, such as the report, with the study.
+
+        Raises:
+            HRSError: if the store does not take it.
+        """
+        try:
+            if path.is_dir():
+                self._client.log_artifacts(study_id, str(path), path.name)
+            else:
+                self._client.log_artifact(study_id, str(path))
+        except Exception as error:  # each artifact store raises its own
+            cause = "the disk is full" if is_full(error) else " ".join(str(error).split())[:200]
+            raise HRSError(
+                f"{path} could not be copied to the tracking store ({cause}): it is whole where it is"
+            ) from error
 
     def studies(self) -> list[str]:
         """Names of all studies, the oldest first."""
@@ -261,6 +271,10 @@ class Tracker:
             return
         with contextlib.suppress(RunBusy):  # somebody else has it by now
             self.open_run(key, study_id, config, data_fingerprint).finish(outcome, reason)
+
+    def tracked(self, keys: Sequence[str] | None = None) -> list[Tracked]:
+        """Return the runs of these keys, or all that there are, as MLflow has them; the oldest first."""
+        return self._history.by_tag("hrs.run_key", keys)
 
     def last_value(self, key: str, metric: str) -> float:
         """Return the value of a metric at its last step; NaN if there is none, or no run of ``key``."""

@@ -100,8 +100,8 @@ def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, monke
         (["s", "--quantile", "2"], "quantile of a gate must lie between 0 and 1"),
         (["s", "--documents", "0"], "1 document or more"),
         (["s", "--hold", "0"], "hold must be"),
-        (["nothing"], "there is no study 'nothing'"),
-        ([str(tmp_path / "nothing")], "does not exist: name a run's directory"),
+        (["nothing"], "no path, study or run has the name 'nothing'"),
+        ([str(tmp_path / "nothing")], "there is no model at "),
         (["mlflow:hrs@champion"], "there is no registered model 'hrs'"),
     ):
         with pytest.raises(HRSError, match=said):

@@ -111,7 +111,7 @@ def test_from_a_study_to_its_needles(small_corpus: Path, tmp_path: Path, monkeyp
 def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HRS_STORAGE", str(tmp_path))
     for main in (lambda model: needle.main([model]), lambda model: populate_store.main([model, "train"])):
-        with pytest.raises(HRSError, match="model nothing does not exist: name a run's directory"):
+        with pytest.raises(HRSError, match="no path, study or run has the name 'nothing'"):
             main("nothing")
         with pytest.raises(HRSError, match="there is no registered model 'hrs'"):
             main("mlflow:hrs@champion")
