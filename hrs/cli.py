@@ -417,7 +417,7 @@ def verify() -> None:
     from hrs.verify import format_findings
     from hrs.verify import verify as run_verification
 
-    storage = open_storage()
+    storage = open_storage(writable=False)
     findings = list(run_verification(storage))
     print(format_findings(findings, storage))
     raise typer.Exit(1 if any(finding.problem for finding in findings) else 0)

@@ -32,7 +32,17 @@ class Storage:
     @property
     def tracking_uri(self) -> str:
         """``MLFLOW_TRACKING_URI`` if set, else SQLite below the root."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
+        if chosen := os.environ.get("MLFLOW_TRACKING_URI"):
+            return chosen
+        from sqlalchemy.engine import URL  # takes a while to import, and few commands need it
+
+        # With the driver, because MLflow makes a folder of the undecoded path of "sqlite:///".
+        return URL.create("sqlite+pysqlite", database=str(self.tracking_database)).render_as_string()
+
+    @property
+    def tracking_database(self) -> Path:
+        """The file of the default tracking store."""
+        return self.root / "mlflow" / "mlflow.db"
 
     @property
     def artifacts(self) -> Path:

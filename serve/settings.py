@@ -1,12 +1,12 @@
 """What can be set about an endpoint: the arguments of ``serve.app:build`` and the options of ``hrs serve``."""
 
 import os
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hrs.errors import HRSError
+from hrs.files import absolute_path
 
 MOST_OTHERS = 64
 """Requests of a replica at once that need no slot, of each kind."""
@@ -117,7 +117,7 @@ def read_api_keys(settings: Settings) -> list[str]:
     if settings.api_key_file is None:
         return [key] if (key := os.environ.get("HRS_API_KEY", "").strip()) else []
     try:
-        lines = Path(settings.api_key_file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = absolute_path(settings.api_key_file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise HRSError(f"key file {settings.api_key_file} cannot be read ({error}): give another") from error
     keys = [line.strip() for line in lines if line.strip()]

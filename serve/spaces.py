@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from hrs.data.tokenization import end_of_text_id
+from hrs.files import absolute_path
 from hrs.models import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.store import EngramStore
@@ -50,7 +51,7 @@ class Spaces:
             return self._opened[space]
 
     def _open(self, space: str) -> Memories:
-        given = None if self._settings.memories is None else Path(self._settings.memories).expanduser()
+        given = None if self._settings.memories is None else absolute_path(self._settings.memories)
         if space == EVERYBODY:
             folder, store = self._folder, self._store(given or self._folder / "store")
             return Memories(store, self._topics(folder), self._end_id)

@@ -14,12 +14,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hrs.errors import HRSError, shown
+from hrs.files import absolute_path
 from hrs.gpu import GpuProperties, probe_gpus
 
 PROBE_SECONDS = 180.0
@@ -312,7 +312,7 @@ def _announced_by_file(alive: Sequence[GpuNode]) -> tuple[GpuNode, ...]:
 
 def _read_yaml(path: str) -> Mapping[str, Any]:
     try:
-        return yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(absolute_path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise HRSError(
             f"{CLUSTER_CONFIG} is {path}, which cannot be read ({type(error).__name__}): name the launcher file that "

@@ -12,6 +12,7 @@ from typing import Any
 
 from hrs.cluster.private import ROOT, start_private_ray
 from hrs.errors import HRSError
+from hrs.files import absolute_path
 from hrs.identity import code_version
 from hrs.storage import Storage
 
@@ -129,7 +130,7 @@ def _require_token() -> None:
     """Ray's own message for a missing token comes late and from a different place for each command."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
+    path = absolute_path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
     if not path.exists():
         raise HRSError(
             f"RAY_AUTH_MODE is token but there is no token at {path}: copy the head's ~/.ray/auth_token there, "

@@ -100,7 +100,8 @@ class SqliteHistory:
     def _folder(self, run: Tracked) -> Path:
         own = Path(urllib.request.url2pathname(urllib.parse.urlsplit(run.artifact_uri).path))
         served = self._artifacts / str(own).lstrip("/")  # a server of this folder calls it mlflow-artifacts:/...
-        return next((path for path in (own, served) if path.is_dir()), self._artifacts / run.run_id / "artifacts")
+        here = self._artifacts / run.run_id / "artifacts"  # first, since a copied storage may name the original's
+        return next((path for path in (here, own, served) if path.is_dir()), here)
 
     def _tracked(self, condition: str, values: Sequence[str]) -> list[Tracked]:
         query = (

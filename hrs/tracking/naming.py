@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hrs.errors import HRSError
+from hrs.files import absolute_path
 from hrs.storage import Storage
 from hrs.tracking.candidates import judge
 from hrs.tracking.registry import PREFIX, resolve_model
@@ -33,7 +34,7 @@ def find_model(storage: Storage, name: str) -> Path:
     """
     if name.startswith(PREFIX):
         return resolve_model(storage, name)
-    if (path := Path(name).expanduser()).exists():
+    if (path := absolute_path(name) if name.startswith("~") else Path(name)).exists():
         return path
     if os.sep in name and "@" not in name:
         raise HRSError(f"there is no model at {path.absolute()}: name a run, a study, a path or {PREFIX}NAME@ALIAS")

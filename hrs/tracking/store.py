@@ -11,8 +11,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
@@ -54,21 +55,36 @@ def connect(storage: Storage) -> tuple["MlflowClient", str]:
         if _is_missing(path):
             _create_sqlite(path, storage)
         _require_whole(path)
+        if path == storage.tracking_database:
+            _follow_storage(path, storage)
     return _experiment(storage.tracking_uri, storage)
 
 
 def _sqlite_path(storage: Storage) -> Path | None:
     """Return the SQLite file that the tracking URI names; None for a server."""
     uri = storage.tracking_uri
-    scheme = urlsplit(uri).scheme
-    if scheme in ("http", "https"):
+    if urlsplit(uri).scheme in ("http", "https"):
         return None
-    if scheme == "sqlite" and uri.startswith("sqlite:////"):
-        return Path(uri.removeprefix("sqlite:///"))
+    if (path := _path_of(uri)) is not None:
+        return path
     raise HRSError(
         f"tracking store '{uri}' is not supported: set MLFLOW_TRACKING_URI to http://HOST:PORT or "
         "sqlite:////ABSOLUTE/PATH.db, or unset it"
     )
+
+
+def _path_of(uri: str) -> Path | None:
+    """The file that an SQLite URI names by an absolute path; None of anything else."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        return None
+    if url.get_backend_name() != "sqlite" or url.query or not (url.database or "").startswith("/"):
+        return None
+    return Path(url.database or "")
 
 
 def open_history(storage: Storage) -> History:
@@ -137,11 +153,11 @@ def ui_command(storage: Storage, host: str = "127.0.0.1", port: int = 5000) -> l
         HRSError: if the runs are on a server already.
     """
     uri = storage.tracking_uri
-    if not uri.startswith("sqlite:"):
+    if _path_of(uri) is None:
         raise HRSError(f"the runs are on a tracking server already: open {uri} in a browser")
     lean = ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
     server = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
-    return ["env", *lean, *server, "--backend-store-uri", uri, "--artifacts-destination", str(storage.artifacts)]
+    return ["env", *lean, *server, "--backend-store-uri", uri, "--artifacts-destination", storage.artifacts.as_uri()]
 
 
 def _remedy(error: Exception) -> str:
@@ -204,12 +220,63 @@ def _require_whole(path: Path) -> None:
         )
 
 
+_URIS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("logged_models", "artifact_location"),
+)
+"""Columns in which MLflow keeps absolute URIs of artifacts."""
+
+
+def _follow_storage(path: Path, storage: Storage) -> None:
+    """Write the artifacts' new place into the database of a storage that was moved, renamed or copied.
+
+    MLflow keeps absolute URIs: the artifacts of such a storage were out of reach, and those of a copy the original's.
+    """
+    new = storage.artifacts.as_uri()
+    with closing(sqlite3.connect(path, timeout=60)) as database:
+        old = _artifact_location(database)
+        if old in (None, new) or not str(old).endswith("/mlflow/artifacts") or _is_same_folder(str(old), storage):
+            return
+        with store_lock(storage), database:
+            columns = {(table, column[1]) for table in _tables(database) for column in _columns(database, table)}
+            for table, column in (pair for pair in _URIS if pair in columns):
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (new, len(str(old)) + 1, old, len(str(old)) + 1, f"{old}/"),
+                )
+
+
+def _artifact_location(database: sqlite3.Connection) -> str | None:
+    try:
+        found = database.execute("SELECT artifact_location FROM experiments WHERE name = ?", (EXPERIMENT,)).fetchone()
+    except sqlite3.DatabaseError:  # half-made: what opens it says so
+        return None
+    return found[0] if found else None
+
+
+def _columns(database: sqlite3.Connection, table: str) -> list[tuple[Any, ...]]:
+    return database.execute("SELECT * FROM pragma_table_info(?)", (table,)).fetchall()
+
+
+def _is_same_folder(uri: str, storage: Storage) -> bool:
+    old = Path(url2pathname(urlsplit(uri).path))
+    try:
+        return old.samefile(storage.artifacts)
+    except OSError:
+        return False
+
+
 def _is_missing(path: Path) -> bool:
     return not path.exists() or path.stat().st_size == 0
 
 
 def _create_sqlite(path: Path, storage: Storage) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy.engine import URL
 
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.artifacts.mkdir(parents=True, exist_ok=True)
@@ -219,7 +286,8 @@ def _create_sqlite(path: Path, storage: Storage) -> None:
         unfinished = path.with_name(path.name + ".new")
         unfinished.unlink(missing_ok=True)
         # Absolute, or artifacts would land below the working directory of whichever process logs them.
-        store = SqlAlchemyStore(f"sqlite:///{unfinished}", storage.artifacts.as_uri())
+        url = URL.create("sqlite+pysqlite", database=str(unfinished))
+        store = SqlAlchemyStore(url.render_as_string(), storage.artifacts.as_uri())
         store.create_experiment(EXPERIMENT, artifact_location=storage.artifacts.as_uri())
         store.engine.dispose()
         os.replace(unfinished, path)
@@ -238,7 +306,8 @@ def _experiment(uri: str, storage: Storage) -> tuple["MlflowClient", str]:
             with store_lock(storage):
                 found = client.get_experiment_by_name(EXPERIMENT)
                 if found is None:
-                    location = storage.artifacts.as_uri() if uri.startswith("sqlite:") else None  # a server has its own
+                    is_file = _path_of(uri) is not None
+                    location = storage.artifacts.as_uri() if is_file else None  # a server has its own
                     return client, client.create_experiment(EXPERIMENT, artifact_location=location)
     except (MlflowException, SQLAlchemyError, CommandError) as error:
         cause = " ".join(str(error).split())[:200]

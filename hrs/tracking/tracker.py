@@ -22,7 +22,7 @@ from hrs.tracking.history import Tracked
 from hrs.tracking.logger import Outcome, RunLogger, close_run, storable
 from hrs.tracking.names import require_study_name
 from hrs.tracking.owner import is_alive, this_process
-from hrs.tracking.reading import missing_record, read_record, status_of
+from hrs.tracking.reading import has_results, missing_record, read_record, status_of
 from hrs.tracking.store import connect, open_history, store_lock
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from hrs.report.records import RunRecord, Status
+
+_log = logging.getLogger(__name__)
 
 _PARAM_VALUE_CHARACTERS = 6000  # MLflow's limits
 _PARAMS_PER_REQUEST = 100
@@ -288,8 +290,12 @@ class Tracker:
         return {key: status_of(found.get(key)) for key in keys}
 
     def finished(self, keys: Iterable[str]) -> set[str]:
-        """Those of the keys whose run is finished, whichever study made it."""
-        return {key for key, status in self.statuses(keys).items() if status == "finished"}
+        """Those of the keys whose run is finished, whichever study made it, and whose results can be read."""
+        return {
+            key
+            for key, run in self._find_all(list(keys)).items()
+            if status_of(run) == "finished" and has_results(self._history, run, self._storage.run(key))
+        }
 
     def records(self, keys: Iterable[str], with_history: bool = True) -> "list[RunRecord]":
         """One record per key, in order; ``with_history=False`` leaves out the curves."""
@@ -297,7 +303,7 @@ class Tracker:
         found = self._find_all(keys)
         curves = self._history.curves(list(found.values())) if with_history else {}
         return [
-            read_record(self._history, found[key], curves.get(found[key].run_id, {}))
+            read_record(self._history, found[key], self._storage.run(key), curves.get(found[key].run_id, {}))
             if key in found
             else missing_record(key)
             for key in keys
@@ -351,13 +357,18 @@ class Tracker:
         return planned, list(versions)
 
     def _planned(self, study: Tracked) -> dict[str, dict[str, Any]]:
-        files = self._history.files(study, [_RUNS_FILE])
-        if _RUNS_FILE not in files:
-            raise HRSError(
-                f"the list of study '{study.name}' is not at {study.artifact_uri}: mount or copy its artifacts there"
+        """A study's list; where it is missing or damaged, that of the runs which were made for the study."""
+        try:
+            return dict(json.loads(self._history.files(study, [_RUNS_FILE])[_RUNS_FILE]))
+        except (LookupError, ValueError):
+            name = study.tags["hrs.study"]
+            _log.warning(
+                "the list of study '%s' is not at %s, or damaged: it has the runs that it made itself",
+                name,
+                study.artifact_uri,
             )
-        planned: dict[str, dict[str, Any]] = json.loads(files[_RUNS_FILE])
-        return planned
+            made = self._history.by_tag("hrs.study", [name])
+            return {r.tags["hrs.run_key"]: _entry_of(r.tags) for r in made if r.tags.get("hrs.kind") == "trial"}
 
     def _create_run(
         self, key: str, study_id: str, study: str, config: ExperimentConfig, data_fingerprint: str
@@ -424,6 +435,12 @@ def _entry(config: ExperimentConfig, sample: Mapping[str, Any]) -> dict[str, Any
     """Return what a study's list says of a run, by the names that :class:`hrs.report.RunRecord` has for it."""
     facts = {"preset": config.preset, "scale": config.scale, "seed": config.seed, "code_version": code_version()}
     return facts | ({"sample": dict(sample)} if sample else {})
+
+
+def _entry_of(tags: Mapping[str, str]) -> dict[str, Any]:
+    """The same from the tags of a run, without its sample."""
+    code = {"code_version": tags["hrs.code_version"]} if "hrs.code_version" in tags else {}
+    return {"preset": tags["preset"], "scale": tags["scale"], "seed": int(tags["seed"])} | code
 
 
 def _of_version(

@@ -78,6 +78,7 @@ def test_reading_writes_nothing_and_needs_no_store(filled: Tracker, storage: Sto
 def test_artifacts_of_a_storage_that_moved_are_found_in_it(filled: Tracker, storage: Storage, tmp_path: Path) -> None:
     moved = Storage(tmp_path / "moved")
     shutil.copytree(storage.root / "mlflow", moved.root / "mlflow")
+    shutil.rmtree(moved.artifacts)
     run = filled._history.by_tag("hrs.run_key", ["k1"])[0]
     history = SqliteHistory(moved.root / "mlflow" / "mlflow.db", moved.artifacts)
     gone = replace(run, artifact_uri="file:///no/such/storage/mlflow/artifacts/x/artifacts")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from waiting import free_port, wait_for_health
 
@@ -43,6 +44,9 @@ def add_run(tracker: Tracker, storage: Storage) -> AddRun:
         checkpoint = write_checkpoint(folder / "checkpoints" / "step_00000020", key)
         with tracker.open_run(key, study_id, config, "data") as run:
             run.log(20, {"bits_per_byte": bits})
+            (folder / "evaluation.json").write_text("{}")
+            with pa.OSFile(str(folder / "documents.arrow"), "wb") as sink:
+                pa.ipc.new_file(sink, pa.schema([])).close()
             run.log_artifact(checkpoint)
             if causal is not None:
                 (folder / "audit.json").write_text(json.dumps({"causal": causal, "tests": []}))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -236,6 +237,66 @@ def test_a_record_holds_everything_the_report_shows(tracker: Tracker, open_run: 
     assert tracker.records(["k"], with_history=False)[0].history == {}
     checkpoint = tracker._client.download_artifacts(run.run_id, "step_10/model.safetensors", str(tmp_path))
     assert Path(checkpoint).read_bytes() == b"weights"
+
+
+def leave_results(folder: Path) -> list[Path]:
+    """What an evaluation leaves of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = pa.table({"nats": [1.5]})
+    with pa.OSFile(str(folder / "documents.arrow"), "wb") as sink, pa.ipc.new_file(sink, documents.schema) as writer:
+        writer.write_table(documents)
+    (folder / "evaluation.json").write_text(json.dumps({"loss_by_position": [3.0]}))
+    return [folder / "evaluation.json", folder / "documents.arrow"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_finished_means_that_the_results_can_be_read(
+    damage: str, tracker: Tracker, open_run: OpenRun, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the run's directory or, where they are lost there, from the artifacts; one lost file is told, and heals."""
+    files = leave_results(storage.run("k0"))
+    with open_run("k0") as run:
+        run.log(2, {"bits_per_byte": 1.25})
+        for file in files:
+            run.log_artifact(file)
+    with open_run("k1", ExperimentConfig(seed=1)) as other:
+        other.log(2, {"bits_per_byte": 1.5})
+        for file in leave_results(storage.run("k1")):
+            other.log_artifact(file)
+    artifacts = storage.artifacts / run.run_id / "artifacts"
+    shutil.rmtree(artifacts)
+    assert tracker.finished(["k0", "k1"]) == {"k0", "k1"}
+    record = tracker.records(["k0"])[0]
+    assert record.status == "finished" and record.documents is not None and record.loss_by_position == [3.0]
+
+    broken = storage.run("k0") / "evaluation.json"
+    broken.write_text('{"loss') if damage == "cut" else broken.unlink()
+    assert tracker.finished(["k0", "k1"]) == {"k1"}
+    lost, whole = tracker.records(["k0", "k1"])
+    assert whole.status == "finished"
+    assert (lost.status, lost.reason) == ("failed", "evaluation.json missing or damaged: submit its study again")
+    assert damage == "removed" or f"{broken} is damaged and left out" in caplog.text
+
+    leave_results(storage.run("k0"))
+    assert tracker.finished(["k0"]) == {"k0"}
+    shutil.rmtree(storage.root / "runs")  # as on a machine that shares the tracking server alone
+    assert tracker.finished(["k0", "k1"]) == {"k1"}
+
+
+def test_a_study_whose_list_is_lost_has_the_runs_that_it_made(
+    tracker: Tracker, open_run: OpenRun, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in range(2):
+        open_run(f"k{seed}", ExperimentConfig(seed=seed)).finish("finished")
+    shutil.rmtree(storage.artifacts)
+    assert [(r.key, r.seed, r.status) for r in tracker.study_records("demo")] == [
+        ("k0", 0, "finished"),
+        ("k1", 1, "finished"),
+    ]
+    assert "the list of study 'demo' is not at" in caplog.text
+    open_run("k2", ExperimentConfig(seed=2)).finish("finished")
+    caplog.clear()
+    assert tracker.study_keys("demo") == ["k0", "k1", "k2"] and not caplog.text
 
 
 def test_a_run_that_failed_early_has_a_record_with_what_there_is(tracker: Tracker, open_run: OpenRun) -> None:

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hrs.config import ExperimentConfig
 from hrs.errors import HRSError
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker, ui_command
+from hrs.tracking.store import check_database
 
 WRITER = """
 import sys
@@ -58,7 +60,7 @@ def test_processes_that_start_at_once_make_one_store_and_lose_nothing(n_writers:
 
 
 def test_artifacts_lie_below_the_storage_root_whatever_the_working_directory(
-    storage: Storage, template_storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -67,7 +69,55 @@ def test_artifacts_lie_below_the_storage_root_whatever_the_working_directory(
     config = ExperimentConfig()
     tracker.open_run("k0", tracker.open_study("demo", {"k0": config}), config, "data").finish("finished")
     assert list(elsewhere.iterdir()) == []
-    assert list(template_storage.artifacts.rglob("config.json"))
+    assert list(storage.artifacts.rglob("config.json"))
+
+
+@pytest.mark.parametrize("name", ["per%2Fcent", "what?mode=ro", "ha#sh", "a b+ü"])
+def test_a_storage_may_have_any_name(name: str, tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / name)
+    tracker, config = Tracker(storage), ExperimentConfig()
+    with tracker.open_run("k0", tracker.open_study("demo", {"k0": config}), config, "data") as run:
+        run.log(0, {"train_loss": 1.0})
+    (record,) = Tracker(storage).study_records("demo")
+    assert record.status == "finished" and record.config["scale"] == "tiny"
+    assert list(storage.artifacts.rglob("config.json")) and storage.tracking_database.stat().st_size > 0
+    check_database(storage.tracking_database)
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing is written outside of it"
+
+
+def test_a_storage_of_a_user_who_does_not_exist_is_one_sentence() -> None:
+    with pytest.raises(HRSError, match="storage ~nosuchuser/hrs cannot be found"):
+        open_storage("~nosuchuser/hrs")
+
+
+def as_a_new_process(root: Path) -> Tracker:
+    """A tracker without what MLflow remembers of artifacts by run, since both storages have the same runs."""
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()
+    return Tracker(open_storage(root))
+
+
+def test_a_storage_can_be_moved_and_copied(storage: Storage, tmp_path: Path) -> None:
+    """MLflow keeps absolute URIs of artifacts."""
+    here = open_storage(tmp_path / "here" / "deep")
+    (here.root / "mlflow").mkdir()
+    shutil.copy(storage.tracking_database, here.tracking_database)
+    tracker, config = Tracker(here), ExperimentConfig()
+    tracker.open_run("k0", tracker.open_study("demo", {"k0": config}), config, "data").finish("finished")
+    there = open_storage(tmp_path / "there%20")
+    there.root.rmdir()
+    here.root.rename(there.root)
+    assert as_a_new_process(there.root).study_records("demo")[0].config["scale"] == "tiny"
+    copied = tmp_path / "copied"
+    shutil.copytree(there.root, copied)
+    copy = as_a_new_process(copied)
+    other = ExperimentConfig(seed=1)
+    copy.open_run("k1", copy.open_study("demo", {"k1": other}), other, "data").finish("finished")
+    assert [record.seed for record in copy.study_records("demo")] == [0, 1]
+    assert len(list((copied / "mlflow").rglob("config.json"))) == 2
+    assert len(list((there.root / "mlflow").rglob("config.json"))) == 1, "the original is left alone"
+    assert [record.seed for record in as_a_new_process(there.root).study_records("demo")] == [0]
 
 
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "sqlite:///relative.db", "postgresql://host/db"])
