@@ -1,8 +1,9 @@
 """Which stages start now and where: by memory that is free, in the order of the queue, without starving large ones.
 
-Stages are offered in the order in which they may be claimed. One that fits goes to the GPU with the fewest tenants, and
-among those to the one that it fills best. The first one that fits nowhere gets a reservation on the GPU where its
-memory is expected to be free first; later ones start only if they do not put that off (EASY backfilling, Lifka 1995).
+Stages are offered in the order in which they may be claimed. One that fits goes to the GPU that computes least for
+others, and among those to the one that it fills best. A GPU that computes all the time gets no further tenant: it would
+only slow down those that it has. The first stage that fits nowhere gets a reservation on the GPU where its memory is
+expected to be free first; later ones start only if they do not put that off (EASY backfilling, Lifka 1995).
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from hrs.queue.records import Resources, StageSpec
 
 FOREVER = float("inf")
+
+_SATURATED = 0.99
+"""A GPU that computes for this share of the time or more counts as busy all the time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +47,7 @@ class Tenant:
     """Empty for work on the CPU."""
     cpus: float
     gpu_bytes: int
+    busy_frac: float = 0.25
     ends_minutes: float = FOREVER
     """When it is expected to end; :data:`FOREVER` if nothing is known."""
 
@@ -76,6 +81,11 @@ class _Slot:
     free_bytes: int
     whole_bytes: int
     tenants: list[Tenant]
+
+    @property
+    def load(self) -> float:
+        """Share of the GPU's time that its tenants need together; may exceed 1."""
+        return sum(tenant.busy_frac for tenant in self.tenants)
 
 
 def admit(
@@ -157,20 +167,22 @@ class _State:
                 return None
             ends = self._now + resources.minutes if resources.minutes else FOREVER
             tenant = Tenant(
-                host=slot.host, gpu=slot.gpu, cpus=resources.cpus, gpu_bytes=resources.gpu_bytes, ends_minutes=ends
-            )
+                host=slot.host, gpu=slot.gpu, cpus=resources.cpus, gpu_bytes=resources.gpu_bytes,
+                busy_frac=resources.busy_frac, ends_minutes=ends,
+            )  # fmt: skip
             self._take(tenant)
             taken.append(tenant)
         return tuple((tenant.host, tenant.gpu) for tenant in taken)
 
     def _best(self, resources: Resources) -> _Slot | None:
         fitting = [slot for slot in self._slots if self._fits(slot, resources)]
-        return min(fitting, key=lambda slot: (len(slot.tenants), slot.free_bytes), default=None)
+        return min(fitting, key=lambda slot: (slot.load, slot.free_bytes), default=None)
 
     def _fits(self, slot: _Slot, resources: Resources) -> bool:
         return (
             bool(slot.gpu) == bool(resources.gpu_bytes)
             and slot.free_bytes >= resources.gpu_bytes
+            and (not slot.gpu or slot.load < _SATURATED)
             and self._cpus[slot.host] >= resources.cpus - 1e-9
             and self._leaves_the_reservation(slot, resources)
         )
@@ -180,24 +192,12 @@ class _State:
         if not resources.gpu_bytes:
             return
         options = [
-            (self._free_at(slot, resources.gpu_bytes), index)
+            (_free_at(slot, resources.gpu_bytes), index)
             for index, slot in enumerate(self._slots)
             if slot.gpu and slot.whole_bytes >= resources.gpu_bytes
         ]
         when, index = min(options)
         self._reserved = (self._slots[index], when, resources)
-
-    @staticmethod
-    def _free_at(slot: _Slot, n_bytes: int) -> float:
-        """Return when ``n_bytes`` of a GPU will be free, as far as is known."""
-        free = slot.free_bytes
-        if free >= n_bytes:
-            return 0.0  # its cores are what is missing
-        for tenant in sorted(slot.tenants, key=lambda tenant: tenant.ends_minutes):
-            free += tenant.gpu_bytes
-            if free >= n_bytes:
-                return tenant.ends_minutes
-        return FOREVER
 
     def _leaves_the_reservation(self, slot: _Slot, resources: Resources) -> bool:
         if self._reserved is None or slot is not self._reserved[0]:
@@ -205,5 +205,19 @@ class _State:
         _, when, wanted = self._reserved
         if resources.minutes and self._now + resources.minutes <= when < FOREVER:
             return True
-        free_then = slot.free_bytes + sum(t.gpu_bytes for t in slot.tenants if t.ends_minutes <= when)
-        return free_then - resources.gpu_bytes >= wanted.gpu_bytes
+        staying = [tenant for tenant in slot.tenants if tenant.ends_minutes > when]
+        free_then = slot.whole_bytes - sum(tenant.gpu_bytes for tenant in staying)
+        load_then = sum(tenant.busy_frac for tenant in staying)
+        return free_then - resources.gpu_bytes >= wanted.gpu_bytes and load_then + resources.busy_frac < _SATURATED
+
+
+def _free_at(slot: _Slot, n_bytes: int) -> float:
+    """Return when a GPU will have ``n_bytes`` and time for one more tenant, as far as is known."""
+    free, load = slot.free_bytes, slot.load
+    if free >= n_bytes and load < _SATURATED:
+        return 0.0  # its cores are what is missing
+    for tenant in sorted(slot.tenants, key=lambda tenant: tenant.ends_minutes):
+        free, load = free + tenant.gpu_bytes, load - tenant.busy_frac
+        if free >= n_bytes and load < _SATURATED:
+            return tenant.ends_minutes
+    return FOREVER

@@ -75,7 +75,7 @@ class Dispatcher:
         return [
             Tenant(
                 host=attempt.host, gpu=attempt.device, cpus=attempt.reserved.cpus,
-                gpu_bytes=attempt.reserved.gpu_bytes,
+                gpu_bytes=attempt.reserved.gpu_bytes, busy_frac=attempt.reserved.busy_frac,
                 ends_minutes=attempt.claimed / 60 + attempt.reserved.minutes if attempt.reserved.minutes else FOREVER,
             )
             for attempt in opened

@@ -148,6 +148,7 @@ class Queue:
             rows.append({
                 "key": spec.key, "kind": spec.kind, "label": spec.label, "function": spec.function,
                 "payload": dict(spec.payload), "resources": _to_json(spec.resources), "n_missing": n_missing,
+                "minutes": spec.resources.minutes,
                 "state": resting_state(n_missing, Wanted.RUN).value, "created": now,
             })  # fmt: skip
             edges += [{"stage_key": spec.key, "input_key": key} for key in spec.inputs]
@@ -179,12 +180,12 @@ class Queue:
         return worker
 
     def candidates(self, limit: int = 100) -> list[StageSpec]:
-        """Return the stages that may be claimed now, the next one first."""
+        """Return the stages that may be claimed now, the next one first: by rank, and of one rank the longest."""
         query = (
             select(stages)
             .where(stages.c.state == State.QUEUED.value, stages.c.wanted == int(Wanted.RUN))
             .where(stages.c.not_before <= self.now())
-            .order_by(stages.c.rank.desc(), stages.c.key)
+            .order_by(stages.c.rank.desc(), stages.c.minutes.desc(), stages.c.key)
             .limit(limit)
         )
         with self.database.read() as connection:
@@ -535,7 +536,7 @@ def _check(study: StudySpec) -> None:
 
 
 def _to_json(resources: Resources) -> dict[str, float]:
-    return {name: getattr(resources, name) for name in ("cpus", "gpu_bytes", "workers", "minutes")}
+    return {name: getattr(resources, name) for name in ("cpus", "gpu_bytes", "busy_frac", "workers", "minutes")}
 
 
 def _attempt(row: Row[Any]) -> Attempt:

@@ -12,6 +12,8 @@ class Resources:
     cpus: float = 1.0
     gpu_bytes: int = 0
     """Device memory; 0 for work on the CPU."""
+    busy_frac: float = 0.25
+    """Share of its time in which the GPU computes for it, if it has one to itself; a guess if nothing is known."""
     workers: int = 1
     """Processes that it needs at the same time, each with these ``cpus`` and ``gpu_bytes``."""
     minutes: float = 0.0

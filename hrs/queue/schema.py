@@ -72,6 +72,7 @@ stages = Table(
     # Of the stage and of all runs and studies that need it together; kept so that a claim reads one index.
     Column("wanted", SmallInteger, nullable=False, default=0),
     Column("rank", Float, nullable=False, default=0.0),
+    Column("minutes", Float, nullable=False, default=0.0),
     Column("n_missing", Integer, nullable=False, default=0),
     Column("not_before", Float, nullable=False, default=0.0),
     Column("created", Float, nullable=False),
@@ -79,7 +80,7 @@ stages = Table(
     Column("rung", Integer, nullable=False, default=0),
     Column("n_lost", Integer, nullable=False, default=0),
     Column("message", Text, nullable=False, default=""),
-    Index("stages_to_claim", "state", "wanted", "rank"),
+    Index("stages_to_claim", "state", "wanted", "rank", "minutes"),
 )
 
 inputs = Table(

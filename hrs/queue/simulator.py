@@ -66,8 +66,8 @@ def simulate(
 
     Args:
         minutes: what each stage takes with a GPU to itself, by key; by default what it predicts.
-        busy: share of that time in which a GPU computes for it, by key, 1 by default. Stages that share a GPU slow each
-            other down when their shares exceed it together.
+        busy: share of that time in which a GPU computes for it, by key; by default what it predicts. Stages that share
+            a GPU slow each other down when their shares exceed it together.
         admission: the policy.
         arrivals: when each study is submitted, in minutes; by default all at once.
 
@@ -110,12 +110,13 @@ def _start(
             raise ValueError(f"nobody knows how long stage {stage.key} takes")
         one = _Running(
             claim=queue.claim(stage.key, worker), placement=placement, start=now, left=duration,
-            busy=busy.get(stage.key, 1.0),
+            busy=busy.get(stage.key, stage.resources.busy_frac),
         )  # fmt: skip
         expected = stage.resources.minutes
         one.tenants = [
             Tenant(
                 host=host, gpu=gpu, cpus=stage.resources.cpus, gpu_bytes=stage.resources.gpu_bytes,
+                busy_frac=stage.resources.busy_frac,
                 ends_minutes=now + expected if expected else float("inf"),
             )
             for host, gpu in placement.places

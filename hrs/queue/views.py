@@ -89,7 +89,9 @@ def list_stages(
             row
             for state in _ORDER
             for row in connection.execute(
-                query.where(stages.c.state == state.value).order_by(stages.c.rank.desc(), stages.c.key).limit(limit)
+                query.where(stages.c.state == state.value)
+                .order_by(stages.c.rank.desc(), stages.c.minutes.desc(), stages.c.key)
+                .limit(limit)
             )
         ][:limit]
         return _views(connection, rows, queue.now())

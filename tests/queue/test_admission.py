@@ -1,6 +1,7 @@
 """Stages start where their memory is free, no GPU is ever overfull, and large ones are not starved."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -116,10 +117,21 @@ def test_no_gpu_and_no_host_is_ever_overfull(seed: int, n_gpus: int) -> None:
 
 
 def test_stages_that_share_a_gpu_slow_each_other_down() -> None:
-    timeline = simulate([study_of([of("x", 6, 10), of("y", 6, 10)])], ONE)
+    timeline = simulate([study_of([of("x", 6, 10), of("y", 6, 10)])], ONE, busy={"x": 1.0, "y": 1.0})
     assert timeline.makespan_minutes == pytest.approx(20)
     light = simulate([study_of([of("x", 6, 10), of("y", 6, 10)])], ONE, busy={"x": 0.5, "y": 0.5})
     assert light.makespan_minutes == pytest.approx(10)
+
+
+def test_a_gpu_that_computes_all_the_time_gets_no_further_tenant() -> None:
+    two = (Host(name="a", cpus=16, gpus=(Gpu(name="cuda:0", bytes=48 * GIB), Gpu(name="cuda:1", bytes=8 * GIB))),)
+    full = [
+        replace(one, resources=replace(one.resources, busy_frac=1.0)) for one in (of("x", 2), of("y", 2), of("z", 2))
+    ]
+    decision = admit(full, two, [])
+    assert started(decision) == ["x", "y"]
+    assert {place for placement in decision.placements for _, place in placement.places} == {"cuda:0", "cuda:1"}
+    assert decision.held_back == "z"
 
 
 def test_inputs_and_arrivals_are_waited_for() -> None:
