@@ -131,6 +131,29 @@ def diff(left: PresetName, right: PresetName, scale: Scale = "tiny") -> None:
     print(f"parameters\n  - {_parameters(a):,}\n  + {_parameters(b):,}")
 
 
+data_app = typer.Typer(help="Look at text before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.callback()
+def data() -> None:
+    """Look at text before training on it."""
+
+
+@data_app.command("check")
+def check_data(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="As for train: wiki-mini, text:PATH and so on.")],
+    tokenizer: Annotated[str, typer.Option(help="gpt2, or bpe:N trained on the text, to count tokens with.")] = "gpt2",
+) -> None:
+    """Print sizes by split, duplicates, and odd documents of a corpus; nothing is written."""
+    from hrs.data import load_corpus
+    from hrs.data.build import corpus_tokenizer
+    from hrs.data.check import check_corpus, format_check
+
+    found = load_corpus(corpus)
+    print(format_check(check_corpus(found, corpus_tokenizer(found, tokenizer))))
+
+
 @app.command()
 def train(
     preset: PresetName,

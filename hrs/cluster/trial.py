@@ -21,6 +21,7 @@ from hrs.cluster.study import Run
 from hrs.cluster.timing import DEVICE_FILE
 from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.data import TokenStore, open_tokens
+from hrs.data.duplicates import Duplicates
 from hrs.errors import reason_of
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
 from hrs.files import write_whole
@@ -179,7 +180,7 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
     with explained(cpu, "the audit is too much", "give this process more memory"):
         verdict = audit(model.to(cpu))
     write_whole(directory / "audit.json", verdict.to_json())
-    _record(spec, directory, model, evaluation, verdict, logger)
+    _record(spec, directory, model, evaluation, verdict, store.duplicates, logger)
 
 
 def _record(
@@ -188,12 +189,17 @@ def _record(
     model: LanguageModel,
     evaluation: Evaluation,
     verdict: AuditReport,
+    duplicates: Duplicates | None,
     logger: RunLogger,
 ) -> None:
     summary = json.loads((directory / "training.json").read_text(encoding="utf-8"))
     final = evaluation.metrics() | {name: summary[name] for name in ("tokens_per_second", "peak_memory_bytes")}
     logger.log(spec.run.config.training.steps, final | {"parameters": model.count_parameters()})
-    logger.set_tags({"causal": str(verdict.causal).lower()})
+    tags = {"causal": str(verdict.causal).lower()}
+    if duplicates is not None:
+        logger.log(spec.run.config.training.steps, {"validation_overlap": duplicates.validation_overlap})
+        tags["duplicates"] = duplicates.sentence() or "none"
+    logger.set_tags(tags)
     for name in ("config.json", "tokenizer.json", "training.json", "evaluation.json", "documents.arrow", "audit.json"):
         logger.log_artifact(directory / name)
     checkpoint = latest_checkpoint(directory)

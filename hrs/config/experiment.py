@@ -20,6 +20,9 @@ class DataConfig:
     """``wiki-mini``, ``bbc``, ``wikitext-103``, ``hf:NAME[:CONFIG]``, ``text:``, ``jsonl:`` or ``parquet:PATH``."""
     tokenizer: str = "gpt2"
     """``gpt2`` or ``bpe:N`` (byte-level BPE of N ids, trained on the training split)."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Which training documents are left out because validation or test text holds them: none, those with the same text
+    (up to case, white space and Unicode forms), or also those that share four fifths of their runs of five words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

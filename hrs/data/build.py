@@ -1,5 +1,6 @@
 """Building one token store: read the corpus, train the tokenizer, encode document by document, write Arrow files."""
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -11,6 +12,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from hrs.data.documents import SPLITS, Corpus, Document, SplitName, split_of
+from hrs.data.duplicates import Deduplicate, DuplicateScan
 from hrs.data.tokenization import build_tokenizer, end_of_text_id
 from hrs.errors import HRSError
 from hrs.files import write_manifest
@@ -22,10 +24,13 @@ _SECONDS_BETWEEN_LINES = 5.0
 MANIFEST, TOKENIZER = "store.json", "tokenizer.json"
 
 
-def write_store(corpus: Corpus, tokenizer: str | Tokenizer, folder: Path) -> None:
+def write_store(corpus: Corpus, tokenizer: str | Tokenizer, folder: Path, deduplicate: Deduplicate = "none") -> None:
     """Write the store of a corpus into an empty folder; ``store.json`` lists the files with sizes and checksums.
 
+    Duplicates are counted, and reported on stderr in one line if there are any.
+
     Args:
+        deduplicate: see :class:`hrs.config.DataConfig`.
         tokenizer: the name of one, as :func:`hrs.data.tokenization.build_tokenizer` takes it. Or a tokenizer as it is:
             text that a model is only scored on may leave splits empty.
 
@@ -33,26 +38,45 @@ def write_store(corpus: Corpus, tokenizer: str | Tokenizer, folder: Path) -> Non
         HRSError: if the corpus is empty or malformed, too small for the tokenizer, or leaves a split without text.
     """
     name = tokenizer if isinstance(tokenizer, str) else "given"
+    scan, removed = DuplicateScan(), frozenset[int]()
+    if deduplicate != "none":
+        for split, document in _documents(corpus, "comparing"):
+            scan.add(split, document.text)
+        removed = frozenset(scan.found(deduplicate)[1].tolist())
     if isinstance(tokenizer, str):
-        tokenizer = _tokenizer_of(corpus, tokenizer)
+        tokenizer = corpus_tokenizer(corpus, tokenizer, removed)
     tokenizer.save(str(folder / TOKENIZER))
     topics: dict[str, int] = {}
     writers = {split: _SplitWriter(folder, split, tokenizer) for split in SPLITS}
-    documents = _documents(corpus, "tokenising")
+    documents = _documents(corpus, "tokenising", removed)
     while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
         encodings = tokenizer.encode_batch_fast([document.text for _, document in batch], add_special_tokens=False)
         for (split, document), encoding in zip(batch, encodings, strict=True):
             topic_id = -1 if document.topic is None else topics.setdefault(document.topic, len(topics))
             writers[split].add(document, topic_id, encoding.ids)
+            if deduplicate == "none":
+                scan.add(split, document.text)
     for split, writer in writers.items():
         if writer.close() == 0 and split != "test" and name != "given":
             raise _empty_split(corpus, split)
+    duplicates, _ = scan.found(deduplicate)
+    if said := duplicates.sentence():
+        hint = "; data.deduplicate=exact or near leaves such training documents out" if deduplicate == "none" else ""
+        print(f"{corpus.name}: {said}{hint}", file=sys.stderr, flush=True)
     facts = {"corpus": corpus.name, "tokenizer": name, "licence": corpus.licence, "topics": list(topics)}
-    write_manifest(folder / MANIFEST, facts)
+    write_manifest(folder / MANIFEST, facts | {"duplicates": dataclasses.asdict(duplicates)})
 
 
-def _tokenizer_of(corpus: Corpus, name: str) -> Tokenizer:
-    training = (document.text for split, document in _documents(corpus, "reading") if split == "train")
+def corpus_tokenizer(corpus: Corpus, name: str, removed: frozenset[int] = frozenset()) -> Tokenizer:
+    """Return the tokenizer of that name, trained on the corpus's training text if it is one that is trained.
+
+    Args:
+        removed: numbers of documents with text, counted from 0, that training leaves out.
+
+    Raises:
+        HRSError: if the name is unknown, or the training text is missing or too small.
+    """
+    training = (document.text for split, document in _documents(corpus, "reading", removed) if split == "train")
     if (first := next(training, None)) is None:
         raise _empty_split(corpus, "train")
     return build_tokenizer(name, itertools.chain([first], training))
@@ -69,8 +93,13 @@ def _empty_split(corpus: Corpus, split: SplitName) -> HRSError:
     )
 
 
-def _documents(corpus: Corpus, doing: str) -> Iterator[tuple[SplitName, Document]]:
+def _documents(
+    corpus: Corpus, doing: str, removed: frozenset[int] = frozenset()
+) -> Iterator[tuple[SplitName, Document]]:
     """Documents that hold text, with their splits; says on stderr how fast they come if it takes long.
+
+    Args:
+        removed: numbers of those, counted from 0, that are left out.
 
     Raises:
         HRSError: if there are none, or the text cannot be read.
@@ -81,7 +110,8 @@ def _documents(corpus: Corpus, doing: str) -> Iterator[tuple[SplitName, Document
         if not document.text.strip():
             continue
         count += 1
-        yield document.split or split_of(document.title), document
+        if count - 1 not in removed:
+            yield document.split or split_of(document.title), document
         if (now := time.monotonic()) - last_line > _SECONDS_BETWEEN_LINES:
             last_line = now
             rate = count / (now - start)

@@ -22,6 +22,7 @@ from hrs.config import DataConfig
 from hrs.data.build import MANIFEST, TOKENIZER, write_store
 from hrs.data.corpora import load_corpus
 from hrs.data.documents import SPLITS, Corpus, SplitName, require_split
+from hrs.data.duplicates import Deduplicate, Duplicates, duplicates_from
 from hrs.data.tokenization import end_of_text_id, load_tokenizer, token_bytes
 from hrs.errors import HRSError
 from hrs.files import built_once, read_manifest, whole_folder
@@ -80,6 +81,8 @@ class TokenStore:
     """Names of the topic ids."""
     licence: str
     """Licence of the text."""
+    duplicates: Duplicates | None
+    """What occurs more than once; None of a store that an earlier version wrote."""
     train: TokenSplit
     validation: TokenSplit
     test: TokenSplit
@@ -101,12 +104,12 @@ def data_fingerprint(data: DataConfig) -> str:
     Raises:
         HRSError: if the corpus is unknown or missing.
     """
-    return _key(load_corpus(data.corpus), data.tokenizer)
+    return _key(load_corpus(data.corpus), data.tokenizer, data.deduplicate)
 
 
-def _key(corpus: Corpus, tokenizer: str) -> str:
+def _key(corpus: Corpus, tokenizer: str, deduplicate: Deduplicate = "none") -> str:
     code = code_fingerprint(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256("\n".join((corpus.fingerprint(), tokenizer, code)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join((corpus.fingerprint(), tokenizer, deduplicate, code)).encode()).hexdigest()[:16]
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
@@ -133,14 +136,14 @@ def open_tokens(data: DataConfig, root: Path, fingerprint: str | None = None) ->
         raise HRSError(
             f"tokens {fingerprint} of {data.corpus} are missing or damaged in {root}, and {error}"
         ) from error
-    key = _key(corpus, data.tokenizer)
+    key = _key(corpus, data.tokenizer, data.deduplicate)
     if fingerprint not in (None, key):
         raise HRSError(
             f"corpus {data.corpus} is no longer the text of tokens {fingerprint} (the text, or the code that cuts it, "
             f"has changed), and these tokens are missing or damaged in {root}: restore one of the two, or name the "
             "text to use instead with --corpus"
         )
-    return _opened_or_built(corpus, data.tokenizer, root / key)
+    return _opened_or_built(corpus, data.tokenizer, root / key, data.deduplicate)
 
 
 def open_tokens_in(tokenizer: Tokenizer, corpus: str, root: Path) -> TokenStore:
@@ -159,10 +162,12 @@ def stored_tokens(root: Path, fingerprint: str) -> TokenStore | None:
     return _open(root / fingerprint)
 
 
-def _opened_or_built(corpus: Corpus, tokenizer: str | Tokenizer, folder: Path) -> TokenStore:
+def _opened_or_built(
+    corpus: Corpus, tokenizer: str | Tokenizer, folder: Path, deduplicate: Deduplicate = "none"
+) -> TokenStore:
     def build() -> TokenStore:
         with whole_folder(folder, "token store") as building:
-            write_store(corpus, tokenizer, building)
+            write_store(corpus, tokenizer, building, deduplicate)
         return read_store(folder)
 
     return built_once(folder, _open, build, "token store")
@@ -196,6 +201,7 @@ def read_store(folder: Path) -> TokenStore:
             token_bytes=token_bytes(tokenizer),
             topics=tuple(facts["topics"]),
             licence=facts["licence"],
+            duplicates=duplicates_from(facts.get("duplicates")),
             **splits,
         )
     except HRSError as error:

@@ -17,6 +17,13 @@ def notes(comparison: Comparison) -> list[str]:
         "depends on the tokenizer; bits/byte does not.",
         _difference_note(comparison),
     ]
+    if comparison.validation_overlap > 0:
+        texts.insert(
+            1,
+            f"Warning: {comparison.validation_overlap:.1%} of the validation documents are also in the training text, "
+            "exactly or nearly, so these numbers are better than those of new text: data.deduplicate=near leaves such "
+            "training documents out.",
+        )
     if any(row.is_best for row in rows):
         texts.append("> the lowest bits/byte of the causal rows; the difference column says what is more than chance.")
     if contents := [f"{r.preset} {r.engram_content:+.4f}" for r in rows if r.engram_content is not None]:

@@ -60,6 +60,8 @@ class Comparison:
     n_documents: int
     n_bytes: int
     """UTF-8 bytes of the text of all documents."""
+    validation_overlap: float = 0.0
+    """Share of these documents that the training text holds as well, exactly or nearly; the largest of all runs."""
 
     @property
     def baseline(self) -> Row:
@@ -157,7 +159,8 @@ def compare_presets(records: Sequence[RunRecord]) -> Comparison:
         for preset, runs in groups.items()
     )
     n_documents, n_bytes = (tables[0].num_rows, int(tables[0]["bytes"].to_numpy().sum())) if tables else (0, 0)
-    return Comparison(rows=rows, n_documents=n_documents, n_bytes=n_bytes)
+    overlap = max((r.metrics.get("validation_overlap", 0.0) for runs in groups.values() for r in runs), default=0.0)
+    return Comparison(rows=rows, n_documents=n_documents, n_bytes=n_bytes, validation_overlap=overlap)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

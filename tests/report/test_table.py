@@ -225,3 +225,14 @@ def test_a_printed_interval_never_contradicts_its_mark(center: float, half: floa
 )
 def test_counts_get_a_letter_for_their_thousands(value: float, digits: int, expected: str) -> None:
     assert significant(value, digits) == expected
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "said"), [((0.0, 0.25), "25.0% of the validation documents are also"), ((0.0,), None)]
+)
+def test_a_validation_text_that_was_trained_on_is_said_below_the_table(
+    make_record: Callable[..., RunRecord], overlaps: tuple[float, ...], said: str | None
+) -> None:
+    records = [make_record(seed=i, metrics={"validation_overlap": share}) for i, share in enumerate(overlaps)]
+    table = format_table(records)
+    assert (said is None and "training text, exactly" not in " ".join(table.split())) or said in " ".join(table.split())
