@@ -93,6 +93,9 @@ def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bo
         stop_publishing = keep_published(metrics, folder / "replicas")
         try:
             _serve(settings, bound, host_and_port(host, port), causal, front, n_gpus=len(placement.gpus))
+        except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of a SIGTERM while it starts
+            print("stopped:   by a signal, before it was up", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
         finally:
             stop_publishing()
 

@@ -1,8 +1,9 @@
 """The HTTP server in front: uvicorn's, with limits on what a connection may cost before anything is asked.
 
 uvicorn with httptools reads a request's header without limits of size and time, and an endless line makes its parser
-copy what it has again and again. uvicorn with h11 limits the size, but takes four times the processor's time for a
-reply and twenty times for a body in small chunks. So this is httptools with limits.
+copy what it has again and again. uvicorn with h11 limits the size, but not the time, and what it parses costs twenty
+times as much and more (docs/lab-notebook.md), which strangers can ask for before a key is known. So this is httptools
+with limits.
 """
 
 import asyncio
