@@ -10,6 +10,7 @@ Any number of processes may use one queue and die at any moment. A claim carries
 its stage; what its holder does afterwards counts only while the token is the stage's present one.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from hrs.queue.states import RESTING, Outcome, State, Wanted
 from hrs.queue.transitions import batches, change, record, refresh, release, resting_state
 
 MOST_LOST = 3
-"""A stage that is lost more often than this in a row has failed."""
+"""A stage that is lost more often than this in a row, without getting further in between, has failed."""
 FIRST_BACK_OFF_SECONDS = 2.0
 """How long a lost stage rests before it is claimed again; doubled with every loss in a row."""
 
@@ -267,8 +268,9 @@ class Queue:
 
         Args:
             outcome: decides what follows. Lost stages are queued again after a pause, at most :data:`MOST_LOST` times
-                in a row; failed ones are not. Too large ones are queued with other ``resources``, or are infeasible
-                without. Preempted ones are queued again, paused or cancelled, as is wanted of them.
+                in a row without a larger ``step`` in their progress; failed ones are not. Too large ones are queued
+                with other ``resources``, or are infeasible without. Preempted ones are queued again, paused or
+                cancelled, as is wanted of them.
             message: one sentence for people.
 
         Raises:
@@ -278,7 +280,10 @@ class Queue:
         with self.holding(claim) as connection:
             self._end(connection, claim, outcome, message)
             row = connection.execute(select(stages).where(stages.c.key == claim.stage.key)).one()
-            target, also = _after(row, outcome, resources, now)
+            progress = connection.execute(
+                select(attempts.c.progress).where(attempts.c.id == claim.attempt)
+            ).scalar_one()
+            target, also = _after(row, outcome, resources, now, _step(progress))
             change(connection, claim.stage.key, [State.RUNNING], target, now, message, **also)
         return target
 
@@ -501,16 +506,19 @@ def open_queue(root: Path) -> Queue:
     return Queue(Database(queue_url(root)))
 
 
-def _after(row: Row[Any], outcome: Outcome, resources: Resources | None, now: float) -> tuple[State, dict[str, Any]]:
-    """Return the state of a stage after an attempt that did not finish it, and further columns to set."""
+def _after(
+    row: Row[Any], outcome: Outcome, resources: Resources | None, now: float, step: float
+) -> tuple[State, dict[str, Any]]:
+    """Return the state of a stage after an attempt that reached ``step``, and further columns to set."""
     resting = resting_state(row.n_missing, Wanted(row.wanted))
     if outcome is Outcome.PREEMPTED:
         return resting, {"n_lost": 0}
     if outcome is Outcome.LOST:
-        n_lost = row.n_lost + 1
+        n_lost = 1 if step > row.reached else row.n_lost + 1
+        also = {"n_lost": n_lost, "reached": max(step, row.reached)}
         if n_lost > MOST_LOST and resting in RESTING:
-            return State.FAILED, {"n_lost": n_lost}
-        return resting, {"n_lost": n_lost, "not_before": now + FIRST_BACK_OFF_SECONDS * 2 ** (n_lost - 1)}
+            return State.FAILED, also
+        return resting, also | {"not_before": now + FIRST_BACK_OFF_SECONDS * 2 ** (n_lost - 1)}
     if outcome is Outcome.TOO_LARGE:
         if resources is None:
             return State.INFEASIBLE, {}
@@ -518,6 +526,12 @@ def _after(row: Row[Any], outcome: Outcome, resources: Resources | None, now: fl
     if outcome is Outcome.FAILED:
         return State.FAILED, {}
     raise ValueError(f"an attempt that is given up is not {outcome}")
+
+
+def _step(progress: dict[str, Any] | None) -> float:
+    """Return the ``step`` of a progress; 0 if it tells none."""
+    step = (progress or {}).get("step")
+    return float(step) if isinstance(step, int | float) and math.isfinite(step) else 0.0
 
 
 def _check(study: StudySpec) -> None:

@@ -79,6 +79,7 @@ stages = Table(
     Column("token", Integer, nullable=False, default=0),
     Column("rung", Integer, nullable=False, default=0),
     Column("n_lost", Integer, nullable=False, default=0),
+    Column("reached", Float, nullable=False, default=0.0),
     Column("message", Text, nullable=False, default=""),
     Index("stages_to_claim", "state", "wanted", "rank", "minutes"),
 )

@@ -164,6 +164,21 @@ def test_a_lost_stage_comes_back_later_and_later_and_fails_in_the_end(queue: Que
     assert keys(queue) == ["tokens"]
 
 
+def test_a_stage_that_gets_further_each_time_may_be_lost_any_number_of_times(
+    queue: Queue, worker: str, clock: Clock
+) -> None:
+    queue.submit(study("s", "a"))
+    for step in range(1, 3 * MOST_LOST):
+        claim = queue.claim("tokens", worker)
+        queue.renew(claim, {"step": step})
+        assert queue.give_up(claim, Outcome.LOST, "killed") is State.QUEUED
+        clock.time += FIRST_BACK_OFF_SECONDS
+    for _ in range(MOST_LOST - 1):
+        assert queue.give_up(queue.claim("tokens", worker), Outcome.LOST, "killed") is State.QUEUED
+        clock.time += 1000
+    assert queue.give_up(queue.claim("tokens", worker), Outcome.LOST, "killed") is State.FAILED
+
+
 @pytest.mark.parametrize(
     ("outcome", "resources", "state"),
     [
