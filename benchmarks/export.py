@@ -17,9 +17,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hrs.data import TrainingWindows, open_tokens
+from hrs.data import TrainingWindows
 from hrs.errors import HRSError
 from hrs.evaluation import evaluate
+from hrs.export import open_model, open_text
 from hrs.export.as_built import export_as_built
 from hrs.export.calibrate import input_hessians
 from hrs.export.compression import decompress
@@ -27,7 +28,6 @@ from hrs.export.quantize import Grid
 from hrs.export.search import fit
 from hrs.export.tensors import Grids, Packed, entries, pack, unpack
 from hrs.storage import open_storage
-from hrs.training import load_model
 
 
 def recompressed(packed: Sequence[Packed]) -> dict[str, int]:
@@ -53,8 +53,9 @@ def main() -> None:
     parser.add_argument("--rows", help="comma-separated names of the schemes to score (default all)")
     args = parser.parse_args()
     rows = args.rows.split(",") if args.rows else None
-    model, config = load_model(args.run)
-    store = open_tokens(config.data, args.tokens or open_storage().tokens)
+    tokens = args.tokens or open_storage().tokens
+    opened = open_model(args.run, tokens)
+    model, config, store = opened.model, opened.config, open_text(opened, tokens)
     n_weights = model.count_parameters()
     windows = TrainingWindows(store.train.tokens, config.model.max_seq_len, args.calibrate, config.seed)
     hessians = input_hessians(model, [torch.from_numpy(windows.batch(0)[:, :-1])])

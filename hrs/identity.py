@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hrs.closure import code_of, parse_code
-from hrs.config import DataConfig, ExperimentConfig, canonical_json
+from hrs.config import ExperimentConfig, canonical_json
 
 _FUNCTIONS_OF_A_RUN = (
     "hrs.data.store:open_tokens", "hrs.manifold.build:open_manifold", "hrs.training.loop:train",
@@ -34,7 +34,8 @@ def code_version() -> str:
 def run_key(config: ExperimentConfig, data_fingerprint: str) -> str:
     """16 hex digits naming the run of ``config`` on that data with this code, on any machine.
 
-    The fingerprint stands for the text and its tokenizer: where the text lies is no part of the key.
+    The fingerprint stands for the text: where it lies is no part of the key.
     """
-    text = "\n".join((canonical_json(replace(config, data=DataConfig())), data_fingerprint, code_version()))
+    anywhere = replace(config, data=replace(config.data, corpus=""))
+    text = "\n".join((canonical_json(anywhere), data_fingerprint, code_version()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

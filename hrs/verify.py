@@ -21,11 +21,13 @@ from hrs.retrieval.bank.memory_bank import MANIFEST as BANK
 from hrs.retrieval.store.layout import MANIFEST as ENGRAMS
 from hrs.retrieval.store.view import StoreView
 from hrs.storage import Storage
+from hrs.tracking import Tracker
 from hrs.tracking.store import check_database
 from hrs.training.checkpoint import STATE, TOKENIZER, check_checkpoint, latest_checkpoint
 
 REMEDIES = {
     "database": "put back a copy; the runs' own folders hold their results",
+    "tracked run": "submit their studies again",
     "token store": "it is built again when it is next opened, if its corpus is unchanged",
     "geometry": "it is computed again when it is next opened",
     "memory bank": "it is built again when it is next opened",
@@ -71,6 +73,7 @@ def _checks(storage: Storage) -> Iterator[Check]:
     for path in (root / "mlflow" / "mlflow.db", root / "queue.db"):
         if path.exists():
             yield "database", path, partial(check_database, path)
+    yield "tracked run", root / "runs", partial(_check_tracked, storage)
     for folder in _folders(storage.tokens):
         yield "token store", folder, partial(read_store, folder)
     for folder in _folders(storage.manifolds):
@@ -93,6 +96,16 @@ def _checks(storage: Storage) -> Iterator[Check]:
 def _folders(parent: Path) -> list[Path]:
     """Folders below ``parent`` that count: hidden ones are being written."""
     return sorted(p for p in parent.iterdir() if p.is_dir() and p.name[0] != ".") if parent.is_dir() else []
+
+
+def _check_tracked(storage: Storage) -> None:
+    """Compare what is marked as finished with the results that there are."""
+    try:
+        lost = Tracker(storage).lost()
+    except HRSError:
+        return  # the database is damaged, which its own check tells
+    if lost:
+        raise HRSError(f"the results of {len(lost)} finished runs are missing or damaged: {', '.join(lost)}")
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

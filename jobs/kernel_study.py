@@ -9,7 +9,6 @@ docs/kernels.md says how to read it. Submitting the same study again runs and me
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from hrs.data import open_tokens
 from hrs.errors import HRSError
 from hrs.evaluation.separation import Separations, from_dict, measure_separation, segment_length, segments_of, to_dict
 from hrs.export import open_model, open_text
-from hrs.files import write_whole
+from hrs.files import read_json, write_whole
 from hrs.report.separation_table import separation_tables
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(runs: Sequence[Run], storage: Storage) -> dict[str, Separations]:
     """Topic separation of finished runs by key: those that have none yet are measured by workers, one core each."""
-    missing = [run for run in runs if not _file(run, storage).exists()]
+    missing = [run for run in runs if _measured(run, storage) is None]
     if missing:
         connect(storage)
         import ray
@@ -109,7 +108,16 @@ def measure(runs: Sequence[Run], storage: Storage) -> dict[str, Separations]:
             ray.get([worker.remote(run, storage) for run in missing])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
-    return {run.key: from_dict(json.loads(_file(run, storage).read_text(encoding="utf-8"))) for run in runs}
+    found = {run.key: _measured(run, storage) for run in runs}
+    return {key: separations for key, separations in found.items() if separations is not None}
+
+
+def _measured(run: Run, storage: Storage) -> Separations | None:
+    """What was measured of a run; None if it was not, or the file is damaged."""
+    try:
+        return from_dict(read_json(_file(run, storage)))
+    except (HRSError, LookupError, TypeError, ValueError):
+        return None
 
 
 def measure_run(run: Run, storage: Storage) -> None:

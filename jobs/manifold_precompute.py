@@ -9,7 +9,7 @@ Studies build what they read by themselves; this is for a look before one, and f
 """
 
 import argparse
-import json
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig, GeometryConfig, parse_assignments
 from hrs.data import absolute_corpus, data_fingerprint, open_tokens
 from hrs.errors import HRSError
+from hrs.files import read_json
 from hrs.manifold.build import PICTURE, manifold_key, open_manifold, require_fit
 from hrs.manifold.manifold import NOTE, Manifold
 from hrs.presets import experiment
@@ -103,10 +104,10 @@ def describe(geometry: GeometryConfig, vocab_size: int) -> str:
 
 
 def read_stages(folder: Path) -> dict[str, dict[str, float | str]]:
-    """``seconds`` and ``notes`` by stage; empty if a trial built the manifold by itself."""
-    path = folder / STAGES
-    stages: dict[str, dict[str, float | str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {"seconds": {}, "notes": {}} | stages
+    """``seconds`` and ``notes`` by stage; empty if a trial built the manifold by itself, or the file is damaged."""
+    with contextlib.suppress(HRSError):
+        return {"seconds": {}, "notes": {}} | dict(read_json(folder / STAGES))
+    return {"seconds": {}, "notes": {}}
 
 
 def summary(manifold: Manifold, stages: dict[str, dict[str, float | str]]) -> str:

@@ -10,7 +10,6 @@ same model is done once; submitting it again prints it.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig
 from hrs.errors import HRSError, shown
-from hrs.files import write_whole
+from hrs.files import read_json, write_whole
 from hrs.retrieval.needle.plan import NeedlePlan
 from hrs.retrieval.needle.report import HEAT_MAP, draw_heat_map, format_tables, page
 from hrs.retrieval.needle.result import NeedleResult, measure_needles, measurement_key
@@ -165,7 +164,7 @@ def measurement_of(measured: Measured) -> Measurement:
         config=config,
         data_fingerprint=measured.data_fingerprint,
         causal=measured.causal,
-        metrics=json.loads((measured.folder / RESULT).read_text(encoding="utf-8"))["metrics"],
+        metrics=read_json(measured.folder / RESULT)["metrics"],
         files=[measured.folder / file for file in (RESULT, TABLES, PAGE, HEAT_MAP)],
     )
 

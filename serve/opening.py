@@ -93,14 +93,14 @@ def gate_of(opened: OpenedModel, storage: Storage, folder: Path) -> Calibration 
     path = folder / "gate.json"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return Calibration.load(path, model_fingerprint(opened.model))
+        return Calibration.load(path, model_fingerprint(opened.model), opened.data_fingerprint)
     except HRSError:
         pass  # there is none yet
     try:
         text = _validation(opened, storage)
         if text is None:
             return None
-        calibration = calibrate(opened.model, text)
+        calibration = dataclasses.replace(calibrate(opened.model, text), data=opened.data_fingerprint)
     except HRSError as error:
         _log.warning("the entropy gate is not calibrated: %s", error)
         return None

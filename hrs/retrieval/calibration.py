@@ -73,6 +73,8 @@ class Calibration:
     """[101], entropy of a token at quantiles 0, 0.01, ..., 1."""
     rolling_quantiles: tuple[float, ...]
     """[101], the same of the rolling mean."""
+    data: str = ""
+    """Fingerprint of the tokens it was measured on; empty if that is not known."""
 
     @property
     def settings(self) -> GateSettings:
@@ -132,17 +134,25 @@ class Calibration:
         write_whole(path, self.to_json())
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str) -> "Calibration":
+    def load(cls, path: Path, fingerprint: str, data: str = "") -> "Calibration":
         """That of the model with this fingerprint.
 
+        Args:
+            data: fingerprint of the tokens that it must have been measured on, if both are known.
+
         Raises:
-            HRSError: if the file cannot be read, is something else, or was measured with another model.
+            HRSError: if the file cannot be read, is something else, or was measured with another model or other tokens.
         """
         try:
             calibration = cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise HRSError(f"calibration {path} cannot be read ({error}): calibrate the model again") from error
         calibration.require_model(fingerprint)
+        if data and calibration.data not in ("", data):
+            raise HRSError(
+                f"calibration {path} was measured on tokens {calibration.data} and the model was trained on {data}: "
+                "calibrate the model again"
+            )
         return calibration
 
 

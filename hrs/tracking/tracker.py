@@ -297,6 +297,12 @@ class Tracker:
             if status_of(run) == "finished" and has_results(self._history, run, self._storage.run(key))
         }
 
+    def lost(self) -> list[str]:
+        """Keys of the runs that are marked as finished and whose results cannot be read any more."""
+        keys = [run.tags["hrs.run_key"] for run in self._history.by_tag("hrs.run_key")]
+        marked = {key for key, status in self.statuses(keys).items() if status == "finished"}
+        return sorted(marked - self.finished(keys))
+
     def records(self, keys: Iterable[str], with_history: bool = True) -> "list[RunRecord]":
         """One record per key, in order; ``with_history=False`` leaves out the curves."""
         keys = list(keys)

@@ -40,8 +40,10 @@ GEOMETRY = GeometryConfig(dimensions=4, modes=4, directional=2, syntactic=2, nei
 def whole(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with a database, tokens, a geometry, a bank, an engram store, a run and an artifact."""
     storage = Storage(tmp_path_factory.mktemp("whole"))
-    Tracker(storage).connect()
     config = experiment("dense_baseline", "micro", 0, CHANGES | {"data.corpus": f"jsonl:{small_corpus}"})
+    tracker = Tracker(storage)
+    with tracker.open_run("run", tracker.open_study("demo", {"run": config}), config, "data") as tracked:
+        tracked.log(4, {"bits_per_byte": 2.0})
     store = open_tokens(config.data, storage.tokens)
     open_manifold(GEOMETRY, store, storage.manifolds)
     run = storage.run("run")
@@ -75,7 +77,7 @@ def test_a_whole_storage_is_whole(whole: Path, monkeypatch: pytest.MonkeyPatch) 
     status, text = verified(whole, monkeypatch)
     assert status == 0, text
     counts = re.findall(r"^(\w[\w ]*?) +(\d+) +(\d+)$", text, re.MULTILINE)
-    assert len(counts) == 10 and all(int(n) > 0 and int(bad) == 0 for _, n, bad in counts), text
+    assert len(counts) == 11 and all(int(n) > 0 and int(bad) == 0 for _, n, bad in counts), text
 
 
 def flip(path: Path) -> None:
@@ -115,6 +117,7 @@ def remove(path: Path) -> None:
             ("token store", "tokens/*/tokenizer.json", remove),
             ("tokenizer", "runs/run/tokenizer.json", flip),
             ("run file", "runs/run/documents.arrow", cut),
+            ("tracked run", "runs/run", lambda path: None),  # by the same file
         ],
         [("token store", "tokens/????????????????", remove), ("tokenizer", "runs/run/tokenizer.json", remove)],
         [("checkpoint", "runs/run/checkpoints/*/state.json", cut)],
@@ -135,7 +138,7 @@ def test_damage_is_named_with_its_place_and_ends_with_status_1(
         damaged.append((kind, path.name))
     status, text = verified(root, monkeypatch)
     assert status == 1
-    found = re.findall(r"^([a-z ]+?) \S+/\S+: (.*)\n  \S", text, re.MULTILINE)
+    found = re.findall(r"^([a-z ]+?) \S+: (.*)\n  \S", text, re.MULTILINE)
     assert len(found) == len(damaged), text
     for kind, name in damaged:
         assert any(f_kind == kind and name in problem for f_kind, problem in found), (kind, name, text)

@@ -243,6 +243,16 @@ def test_another_models_calibration_is_refused(tmp_path: Path, model: LanguageMo
         Calibration.load(tmp_path / "gate.json", model_fingerprint(other))
 
 
+def test_a_calibration_on_other_text_is_refused_where_both_are_known(tmp_path: Path, calibration: Calibration) -> None:
+    path = tmp_path / "gate.json"
+    dataclasses.replace(calibration, data="a").save(path)
+    assert Calibration.load(path, calibration.model, "a").data == "a" == Calibration.load(path, calibration.model).data
+    with pytest.raises(HRSError, match="was measured on tokens a and the model was trained on b"):
+        Calibration.load(path, calibration.model, "b")
+    calibration.save(path)
+    assert Calibration.load(path, calibration.model, "b") == calibration, "of an earlier version"
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
