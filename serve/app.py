@@ -17,7 +17,7 @@ from hrs.errors import HRSError
 from serve.answering import answer
 from serve.api import make_api
 from serve.opening import open_backend
-from serve.settings import MOST_OTHERS, Settings, most_texts
+from serve.settings import MOST_OTHERS, Settings, most_texts, require_absolute
 
 
 @ray_serve.deployment(name="hrs")
@@ -55,8 +55,9 @@ def build(settings: Settings) -> Application:
     """What ``hrs serve`` runs, and ``serve deploy`` with the ``args`` of its file.
 
     Raises:
-        HRSError: if a GPU is asked for and none is reserved.
+        HRSError: if a GPU is asked for and none is reserved, or a path is relative.
     """
+    require_absolute(settings)
     if settings.device == "cuda" and not settings.gpus_per_replica:
         raise HRSError("device is cuda and gpus_per_replica is 0: who reserves no GPU uses the CPU, so reserve a share")
     n_gpus = settings.gpus_per_replica if settings.reserves_gpu else 0

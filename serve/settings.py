@@ -108,6 +108,15 @@ def parse_settings(values: dict[str, object]) -> Settings:
         raise HRSError(f"the endpoint's settings are wrong: {wrong}") from None
 
 
+def require_absolute(settings: Settings) -> None:
+    """Raises HRSError for a relative path: replicas read it in working directories of their own."""
+    for name in ("model", "storage", "memories", "api_key_file"):
+        value = getattr(settings, name)
+        is_name = name == "model" and (os.sep not in value or "@" in value or value.startswith("mlflow:"))
+        if value and not is_name and not value.startswith((os.sep, "~")):
+            raise HRSError(f"{name} is {value}, and replicas have other working directories: give its whole path")
+
+
 def read_api_keys(settings: Settings) -> list[str]:
     """The keys a request may carry; none if nobody is asked for one.
 

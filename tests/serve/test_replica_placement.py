@@ -89,6 +89,16 @@ def test_who_reserves_no_gpu_uses_the_cpu() -> None:
         build(Settings(model="m", device="cuda"))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"model": "runs/key"}, {"storage": "here"}, {"memories": "./store"}, {"api_key_file": "keys.txt"}]
+)
+def test_relative_paths_are_refused_where_replicas_would_read_them(settings: dict[str, str]) -> None:
+    with pytest.raises(HRSError, match="replicas have other working directories: give its whole path"):
+        build(Settings(**{"model": "m"} | settings))
+    for model in ("mlflow:hrs@champion", "mlflow:hrs/1", "v1-tiny@dense_baseline/0", "~/run", "/runs/key", "v1-tiny"):
+        build(Settings(model=model))
+
+
 def test_gpus_that_are_only_numbers_are_no_gpus() -> None:
     """On a machine without a GPU Ray reserves what it was told to have."""
     with simulated_gpus():
