@@ -6,8 +6,11 @@ at any moment goes on from there, and one that ran to its end adds nothing when 
 
 import dataclasses
 import hashlib
-import os
+import io
+import logging
 import shutil
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -26,6 +29,8 @@ from hrs.models.base import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.segments import Cut, Segment, cut_split, read_segments
 from hrs.retrieval.store import EngramStore, NewMemory, Normalisation
+
+_log = logging.getLogger(__name__)
 
 SEGMENTS_PER_PIECE = 256
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -191,14 +196,15 @@ def _reading_key(population: Population, memories: EngramStore, tokens: TokenSto
 def _read_piece(
     path: Path, model: LanguageModel, segments: list[Segment], block: int | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Keys [n, d] and entropies [n], from the file if it is there: a file of that name is whole."""
+    """Keys [n, d] and entropies [n], from the file if it is there; a damaged one is read again and replaced."""
     if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            return file["keys"], file["bits"]
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return file["keys"], file["bits"]
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            _log.warning("%s is damaged and is read again (%s)", path, error)
     keys, bits = read_segments(model, segments, block=block)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as sink:
-        np.savez(sink, keys=keys, bits=bits)
-    os.replace(part, path)
+    content = io.BytesIO()
+    np.savez(content, keys=keys, bits=bits)
+    write_whole(path, content.getvalue())
     return keys, bits

@@ -5,6 +5,8 @@ import socket
 import time
 from pathlib import Path
 
+from hrs.files import write_whole
+
 OWNER_FILE = "owner"
 """In a temporary folder: who made it."""
 HEARTBEAT_SECONDS = 30
@@ -21,7 +23,7 @@ def this_process() -> str:
 
 def claim_folder(folder: Path) -> None:
     """Write down that this process uses a folder, so that it can be removed when the process is gone."""
-    (folder / OWNER_FILE).write_text(this_process(), encoding="utf-8")
+    write_whole(folder / OWNER_FILE, this_process())
 
 
 def is_abandoned(folder: Path) -> bool:

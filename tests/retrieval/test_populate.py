@@ -79,6 +79,19 @@ def test_filling_twice_adds_nothing_and_reads_nothing(place: Place, monkeypatch:
     assert (mended.n_added, mended.n_in_store) == (1, first.n_in_store)
 
 
+def test_a_damaged_reading_is_named_and_read_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    *_, first = place.fill()
+    damaged = sorted((place.folder / "readings").rglob("*.npz"))[:3]
+    content = bytearray(damaged[0].read_bytes())
+    content[200] ^= 1  # in the middle of the keys
+    damaged[0].write_bytes(content)
+    damaged[1].write_bytes(damaged[1].read_bytes()[:-40])
+    damaged[2].write_bytes(b"")
+    *_, again = place.fill()
+    assert (again.n_added, again.mean_bits) == (0, first.mean_bits)
+    assert all(f"{path} is damaged and is read again" in caplog.text for path in damaged)
+
+
 @pytest.mark.parametrize("stage", ["reading", "adding"])
 def test_a_filling_that_was_cut_off_goes_on(place: Place, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off = place.fill()
