@@ -5,17 +5,18 @@ disturbed. One core of the CPU is timed instead.
 """
 
 import functools
+import json
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from hrs.cluster.hardware import GpuPool
-from hrs.config import DataConfig, ExperimentConfig, content_hash, from_dict
+from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.errors import HRSError
 from hrs.files import read_json
 from hrs.gpu import FIRST_BF16_CAPABILITY, GpuProperties
@@ -26,11 +27,14 @@ from hrs.training.gpu_time import GpuSpeed, TrainingTrace, model_step, trace_tra
 _log = logging.getLogger(__name__)
 
 DEVICE_FILE = "device.json"
-"""In a run's directory: ``device`` (a GPU's kind, ``cpu``, or that there were several workers) and ``tenants`` (trials
-planned on that GPU)."""
+"""In a run's directory: ``device`` (a GPU's kind, ``cpu``, or that there were several workers), ``tenants`` (trials
+planned on that GPU) and ``evaluation_seconds`` (evaluation and audit)."""
 
 EVALUATION_FRAC = 0.2
-"""Evaluation and audit, as a share of the training time."""
+"""Evaluation and audit, as a share of the training time, where none was measured; at least ``EVALUATION_SECONDS``."""
+EVALUATION_SECONDS = 12.0
+"""Shortest time of evaluation and audit: a whole split does not get shorter with the run. On one core the smallest
+models took 5 to 20 s (wiki-mini, ``micro``)."""
 
 _CPU_EFFICIENCY = 0.25
 """Share of the speed of a plain matrix product that a training step reaches on the CPU."""
@@ -106,26 +110,28 @@ def time_on_gpu(
     steps = config.training.steps
     modelled = steps * step_seconds
     busy_frac = min(1.0, busy_seconds / step_seconds)
+    measured = _measured(storage)
     for kind in dict.fromkeys(gpu.kind for gpu in pool.gpus):
-        if speed := _measured_speeds(storage).get((_shape(config), kind, 1)):
-            seconds = config.tokens_per_step * steps / speed
-            return _timing(seconds, min(1.0, steps * busy_seconds / seconds), "measured")
-        if speed := _measured_speeds(storage).get((_shape(config), kind, tenants)):
-            seconds = config.tokens_per_step * steps / speed * shared_rate(tenants * busy_frac)
-            return _timing(seconds, busy_frac, "measured")
-    return _timing(modelled, busy_frac, "estimated")
+        if alone := measured.get(config, kind, 1):
+            seconds = config.tokens_per_step * steps / alone.tokens_per_second
+            return _timing(seconds, min(1.0, steps * busy_seconds / seconds), "measured", alone.evaluation_seconds)
+        if shared := measured.get(config, kind, tenants):
+            rate = shared_rate(tenants * busy_frac)
+            seconds = config.tokens_per_step * steps / shared.tokens_per_second
+            return _timing(seconds, busy_frac, "measured", shared.evaluation_seconds, rate)
+    return _timing(modelled, busy_frac, "estimated", None)
 
 
 def time_on_cpu(config: ExperimentConfig, micro_batch: int, runtime: Runtime, storage: Storage) -> Timing:
     """Return how long a run takes on a core of this machine."""
     tokens = config.tokens_per_step * config.training.steps
-    if speed := _measured_speeds(storage).get((_shape(config), "cpu", 1)):
-        return _timing(tokens / speed, 1.0, "measured")
+    if known := _measured(storage).get(config, "cpu", 1):
+        return _timing(tokens / known.tokens_per_second, 1.0, "measured", known.evaluation_seconds)
     step = _trace(config, micro_batch, runtime)
     repeats = config.training.batch_sequences // micro_batch
     flops = repeats * sum(kernel.flops for kernel in step.gradients) + sum(kernel.flops for kernel in step.update)
     seconds = config.training.steps * flops / (_matmul_flops_per_second() * _CPU_EFFICIENCY)
-    return _timing(seconds, 1.0, "estimated")
+    return _timing(seconds, 1.0, "estimated", None)
 
 
 def shared_rate(busy: float) -> float:
@@ -140,8 +146,17 @@ def shared_rate(busy: float) -> float:
     return min(1.0, 1.0 / busy) if busy else 1.0
 
 
-def _timing(training_seconds: float, busy_frac: float, source: Literal["measured", "estimated"]) -> Timing:
-    return Timing(minutes=training_seconds * (1 + EVALUATION_FRAC) / 60, busy_frac=busy_frac, source=source)
+def _timing(
+    training_seconds: float,
+    busy_frac: float,
+    source: Literal["measured", "estimated"],
+    evaluation_seconds: float | None,
+    rate: float = 1.0,
+) -> Timing:
+    """Return the time of a whole run; ``rate`` is the speed at which its seconds were measured, as a share of full."""
+    if evaluation_seconds is None:
+        evaluation_seconds = max(EVALUATION_SECONDS, EVALUATION_FRAC * training_seconds)
+    return Timing(minutes=(training_seconds + evaluation_seconds) * rate / 60, busy_frac=busy_frac, source=source)
 
 
 def _modelled_step(
@@ -163,30 +178,71 @@ def _trace(config: ExperimentConfig, micro_batch: int, runtime: Runtime) -> Trai
     return trace_training(config, micro_batch, activation_checkpointing=runtime.activation_checkpointing)
 
 
-def _shape(config: ExperimentConfig) -> str:
-    """Return what decides speed: the model and the phases, not the seed or the data."""
-    return content_hash(replace(config, seed=0, data=DataConfig()))
+class Measured(NamedTuple):
+    """What a run of some shape took."""
+
+    tokens_per_second: float
+    evaluation_seconds: float | None
+    """None of runs of an earlier version."""
 
 
-@functools.cache
-def _measured_speeds(storage: Storage) -> dict[tuple[str, str, int], float]:
-    """Return tokens per second of every trained run in the storage, by shape, device and planned tenants.
+class _Measured:
+    """What the trained runs of a storage took, by shape, device and planned tenants.
 
-    Runs that do not say where they were trained are taken for runs on the CPU. A run whose files are damaged, or of
-    another version, is logged and left out: its speed is worth less than the plan.
+    Configs are compared as the JSON that they are written in, and only what has a wanted shape is read further: the
+    history of years must not slow a plan. Runs that do not say where they were trained are taken for runs on the CPU.
+    A run whose files are damaged is logged and left out: its speed is worth less than the plan.
     """
-    speeds: dict[tuple[str, str, int], float] = {}
-    for summary in storage.root.glob("runs/*/training.json"):
-        config, device = summary.with_name("config.json"), summary.with_name(DEVICE_FILE)
-        if not config.exists():
-            continue
-        try:
-            facts: dict[str, Any] = read_json(device) if device.exists() else {"device": "cpu", "tenants": 1}
-            shape = _shape(read_config(config))
-            speeds[shape, facts["device"], facts["tenants"]] = float(read_json(summary)["tokens_per_second"])
-        except (HRSError, LookupError, TypeError, ValueError) as error:
-            _log.warning("the speed of run %s is not known: %s", summary.parent.name, error)
-    return speeds
+
+    def __init__(self, storage: Storage) -> None:
+        self._runs: dict[str, list[Path]] = {}
+        for config in storage.root.glob("runs/*/config.json"):
+            try:
+                values = read_json(config)
+                if not isinstance(values, dict) or _names(values) != _names(_DEFAULTS):  # of another version
+                    values = json.loads(canonical_json(read_config(config)))
+                shape = _written_shape(values)
+            except (HRSError, LookupError, TypeError, ValueError) as error:
+                _log.warning("the speed of run %s is not known: %s", config.parent.name, error)
+                continue
+            self._runs.setdefault(shape, []).append(config.parent)
+        self._known: dict[str, dict[tuple[str, int], Measured]] = {}
+
+    def get(self, config: ExperimentConfig, device: str, tenants: int) -> Measured | None:
+        """Return what a run of this shape took on a device that was planned for so many; None if none ran there."""
+        shape = _written_shape(json.loads(canonical_json(config)))
+        if shape not in self._known:
+            self._known[shape] = dict(filter(None, map(_read_measured, self._runs.get(shape, ()))))
+        return self._known[shape].get((device, tenants))
+
+
+_measured = functools.cache(_Measured)
+
+
+_DEFAULTS: dict[str, Any] = json.loads(canonical_json(ExperimentConfig()))
+
+
+def _names(values: dict[str, Any]) -> list[Any]:
+    """Return the names of a config's fields as a tree."""
+    return [(name, _names(value) if isinstance(value, dict) else None) for name, value in sorted(values.items())]
+
+
+def _written_shape(values: dict[str, Any]) -> str:
+    """Return what decides speed of a config as it was written: the model and the phases, not the seed or the data."""
+    return json.dumps({**values, "seed": 0, "data": None}, sort_keys=True)
+
+
+def _read_measured(directory: Path) -> tuple[tuple[str, int], Measured] | None:
+    device, summary = directory / DEVICE_FILE, directory / "training.json"
+    if not summary.exists():
+        return None
+    try:
+        facts: dict[str, Any] = read_json(device) if device.exists() else {"device": "cpu", "tenants": 1}
+        known = Measured(float(read_json(summary)["tokens_per_second"]), facts.get("evaluation_seconds"))
+        return (facts["device"], facts["tenants"]), known
+    except (HRSError, LookupError, TypeError, ValueError) as error:
+        _log.warning("the speed of run %s is not known: %s", directory.name, error)
+        return None
 
 
 def read_config(path: Path) -> ExperimentConfig:

@@ -24,7 +24,7 @@ from hrs.data import TokenStore, open_tokens
 from hrs.data.duplicates import Duplicates
 from hrs.errors import reason_of
 from hrs.evaluation import AuditReport, Evaluation, audit, evaluate
-from hrs.files import write_whole
+from hrs.files import read_json, write_whole
 from hrs.gpu import explained, gpu_of, move
 from hrs.models import LanguageModel
 from hrs.models.geometry import TokenGeometry
@@ -37,6 +37,8 @@ from hrs.training.memory import cap_process_memory
 
 LOOK_AGAIN_SECONDS = 2.0
 """Between two attempts to get a run that another process has."""
+_OF_TRAINING = ("routing_entropy", "expert_coverage", "expert_unevenness", "dead_experts")
+"""Diagnostics that are taken in training and in evaluation."""
 _STOPPED_FILE = "stopped"
 """In a run's directory: why a scheduler ended it."""
 
@@ -168,10 +170,13 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
         )
     model, _ = load_model(directory)
     device = spec.runtime.torch_device()  # not before: another process may be the one that trains
-    if not (directory / DEVICE_FILE).exists():
+    if (directory / DEVICE_FILE).exists():
+        facts = read_json(directory / DEVICE_FILE)
+    else:
         used = gpu_of(device)
         facts = {"device": used.properties.kind if used is not None else "cpu", "tenants": spec.tenants}
         write_whole(directory / DEVICE_FILE, strict_json.dumps(facts))
+    began = time.monotonic()
     yield TrialProgress(stage="evaluate", step=steps, steps=steps)
     evaluation = evaluate(move(model, device), store, stride_frac=config.evaluation.stride_frac)
     evaluation.save(directory)
@@ -180,6 +185,8 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
     with explained(cpu, "the audit is too much", "give this process more memory"):
         verdict = audit(model.to(cpu))
     write_whole(directory / "audit.json", verdict.to_json())
+    facts["evaluation_seconds"] = time.monotonic() - began
+    write_whole(directory / DEVICE_FILE, strict_json.dumps(facts))
     _record(spec, directory, model, evaluation, verdict, store.duplicates, logger)
 
 
@@ -193,7 +200,9 @@ def _record(
     logger: RunLogger,
 ) -> None:
     summary = json.loads((directory / "training.json").read_text(encoding="utf-8"))
-    final = evaluation.metrics() | {name: summary[name] for name in ("tokens_per_second", "peak_memory_bytes")}
+    # A name that training logs too would have two values at the last step.
+    final = {f"evaluation/{n}" if n in _OF_TRAINING else n: value for n, value in evaluation.metrics().items()}
+    final["peak_memory_bytes"] = summary["peak_memory_bytes"]
     logger.log(spec.run.config.training.steps, final | {"parameters": model.count_parameters()})
     tags = {"causal": str(verdict.causal).lower()}
     if duplicates is not None:

@@ -72,6 +72,8 @@ class RunLogger:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Note the values of metrics at a step. Takes microseconds and never waits for the store.
 
+        A metric has one value at a step, the first, and steps only go up: what comes again is left out.
+
         Infinity is noted as NaN: MLflow would store the largest number there is, and draw it.
 
         Raises:
@@ -85,6 +87,7 @@ class RunLogger:
             if self._closed:
                 raise HRSError(f"run {self.run_id} is finished: open it again to log more")
             self._buffer += fresh
+            self._last_steps.update((name, step) for name, *_ in fresh)
             if len(self._buffer) >= FLUSH_VALUES:
                 self._changed.notify()
 

@@ -32,7 +32,7 @@ from hrs.training.interval import IntervalMeans
 from hrs.training.memory import fit_micro_batch
 from hrs.training.optimizer import build_optimizer, set_rates
 from hrs.training.phases import Phase, enter_phase, phase_at, phases_of
-from hrs.training.progress import Progress, TrainingSummary, memory_in_use_bytes
+from hrs.training.progress import MemoryMeter, Progress, TrainingSummary
 from hrs.training.randomness import get_rng, set_rng
 from hrs.training.requirements import require_trainable
 from hrs.training.retrieval import TrainingMemories, start_from
@@ -125,6 +125,7 @@ class _Run:
         if gpu is not None:
             gpu.release_cached_memory()  # a warm process has trained other runs
             gpu.reset_peak()
+        self.memory = MemoryMeter(self.device)
         self.windows = TrainingWindows(store.train.tokens, model.max_seq_len, training.batch_sequences, config.seed)
         self.memories = memories
         self.validation = Validation(store.validation, config, memories) if training.validations else None
@@ -275,7 +276,7 @@ class _Run:
             metrics |= self.averages.validate(self._validation_loss, self.step)
         speed = self.interval_steps * self.config.tokens_per_step / self.interval_seconds
         self.interval_steps, self.interval_seconds = 0, 0.0
-        self.peak_memory_bytes = max(self.peak_memory_bytes, memory_in_use_bytes(self.device))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self.memory.peak_bytes())
         metrics |= {
             "lr": self.lr,
             "phase": float(self.phase.index),

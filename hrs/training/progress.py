@@ -1,5 +1,8 @@
 """What a run tells while it trains, and what it leaves when it is done."""
 
+import contextlib
+import ctypes
+import gc
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,8 +42,7 @@ class TrainingSummary:
     tokens_per_second: float
     """Of the optimiser steps alone."""
     peak_memory_bytes: int
-    """CUDA: the most its allocator had in use. CPU: the largest resident size of the whole process seen at a report,
-    which in a process that did other work before includes what that left."""
+    """CUDA: the most its allocator had in use. CPU: the most that the process grew by (:class:`MemoryMeter`)."""
     skipped_steps: int
     """Steps without an update, because the loss or the gradient was not finite."""
     micro_batch: int
@@ -55,11 +57,37 @@ class TrainingSummary:
         write_whole(directory / "training.json", strict_json.dumps(asdict(self), indent=1))
 
 
-def memory_in_use_bytes(device: torch.device) -> int:
-    """Return, on a GPU, the most that tensors took at once; on the CPU, the resident size of this process."""
-    gpu = gpu_of(device)
-    if gpu is not None:
-        return gpu.peak_bytes()
+class MemoryMeter:
+    """The most memory that a run takes on its device, from the moment this is made.
+
+    On the CPU that is the growth of the resident process: what it imported and what earlier runs of a warm process left
+    is given back first where it can be, and does not count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = gpu_of(device)
+        self._before = 0
+        if self._gpu is None:
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # not with every C library
+                ctypes.CDLL(None).malloc_trim(0)
+            with contextlib.suppress(OSError):  # Linux: the peak begins at what is resident now
+                Path("/proc/self/clear_refs").write_text("5")
+            self._before = _resident_bytes("VmRSS")
+
+    def peak_bytes(self) -> int:
+        """Return, on a GPU, the most that tensors took at once; on the CPU, the most that the process grew by."""
+        if self._gpu is not None:
+            return self._gpu.peak_bytes()
+        return max(0, _resident_bytes("VmHWM") - self._before)
+
+
+def _resident_bytes(field: str) -> int:
+    """Return a field of this process's status in bytes; where there is none, the resident size."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
     import psutil  # a machine that only runs the checks of its GPU need not have it
 
     return int(psutil.Process().memory_info().rss)

@@ -110,9 +110,14 @@ def test_minutes_are_measured_once_a_run_of_that_shape_was(runs: list[Run], tmp_
     tokens = runs[0].config.tokens_per_step * runs[0].config.training.steps
     same_shape, other_shape = plan.trials[1], plan.trials[2]
     assert same_shape.timing == "measured"
-    assert same_shape.minutes == pytest.approx(1.2 * tokens / 100 / 60)
+    assert same_shape.minutes == pytest.approx((tokens / 100 + timing.EVALUATION_SECONDS) / 60)
     assert other_shape.timing == "estimated"
-    assert math.isfinite(other_shape.minutes)
+    assert timing.EVALUATION_SECONDS / 60 < other_shape.minutes < math.inf, "a whole split is scored after few steps"
+
+    (directory / DEVICE_FILE).write_text(json.dumps({"device": "cpu", "tenants": 1, "evaluation_seconds": 30.0}))
+    timing._measured.cache_clear()
+    again = plan_runs(runs, set(), Hardware(cpus=2), storage, Runtime()).trials[1]
+    assert again.minutes == pytest.approx((tokens / 100 + 30) / 60)
 
 
 @pytest.mark.parametrize(
@@ -328,11 +333,13 @@ def test_a_speed_measured_by_as_many_tenants_gives_that_speed_again(runs: list[R
     (directory / "config.json").write_text(canonical_json(runs[0].config))
     (directory / "training.json").write_text(json.dumps({"tokens_per_second": 1000.0}))
     (directory / DEVICE_FILE).write_text(json.dumps({"device": hardware.pools[0].kind, "tenants": tenants}))
-    timing._measured_speeds.cache_clear()
+    timing._measured.cache_clear()
     plan = plan_runs(runs[:2], set(), hardware, storage, Runtime())
     tokens = runs[0].config.tokens_per_step * runs[0].config.training.steps
     assert {t.timing for t in plan.trials} == {"measured"}
-    assert plan.makespan_minutes == pytest.approx(1.2 * tokens / 1000 / 60)
+    training_seconds = tokens / 1000
+    evaluation_seconds = max(timing.EVALUATION_SECONDS, timing.EVALUATION_FRAC * training_seconds)
+    assert plan.makespan_minutes == pytest.approx((training_seconds + evaluation_seconds) / 60)
 
 
 def test_a_study_of_weeks_on_the_cpu_is_said_to_need_a_gpu(runs: list[Run]) -> None:

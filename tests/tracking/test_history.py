@@ -25,10 +25,10 @@ OpenRun = Callable[..., RunLogger]
 
 @pytest.fixture
 def filled(tracker: Tracker, open_run: OpenRun) -> Tracker:
-    """Three runs: one with repeated steps and a NaN, one that failed, one that runs."""
+    """Three runs: one with a NaN, one that failed, one that runs."""
     for seed in range(3):
         run = open_run(f"k{seed}", ExperimentConfig(seed=seed))
-        for step in (0, 1, 1, 2):
+        for step in (0, 1, 2):
             run.log(step, {"train_loss": step + seed, "system/cpu": 1.0})
         run.log(3, {"train_loss": math.nan if seed == 0 else 0.5})
         if seed < 2:

@@ -68,6 +68,17 @@ def test_a_resumed_run_is_the_same_run_with_one_unbroken_curve(tracker: Tracker,
     assert len(tracker._history.by_tag("hrs.run_key", ["k0"])) == 1
 
 
+def test_a_metric_has_one_value_at_a_step(tracker: Tracker, open_run: OpenRun) -> None:
+    run = open_run()
+    run.log(4, {"tokens_per_second": 100.0})
+    run.log(4, {"tokens_per_second": 90.0, "bits_per_byte": 1.0})
+    run.log(3, {"tokens_per_second": 80.0})
+    run.finish("finished")
+    points = tracker._client.get_metric_history(run.run_id, "tokens_per_second")
+    assert [(p.step, p.value) for p in points] == [(4, 100.0)]
+    assert only_record(tracker).metrics["bits_per_byte"] == 1.0
+
+
 def test_parameters_are_flat_and_survive_a_resume(tracker: Tracker, open_run: OpenRun, storage: Storage) -> None:
     """Values above the store's limit are cut; writing one twice would be refused."""
     config = ExperimentConfig(data=DataConfig(corpus="text:/" + "a" * 7000))
