@@ -12,30 +12,27 @@ same model is done once; submitting it again prints it.
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the submitted code, not an installed one
 
 import jobs  # noqa: F401  (says in one line if this Python lacks the packages)
 from hrs.cluster.preflight import preflight
 from hrs.config import ExperimentConfig
-from hrs.errors import HRSError, shown
 from hrs.files import read_json, write_whole
 from hrs.retrieval.needle.plan import NeedlePlan
 from hrs.retrieval.needle.report import HEAT_MAP, draw_heat_map, format_tables, page
 from hrs.retrieval.needle.result import NeedleResult, measure_needles, measurement_key
-from hrs.retrieval.segments import default_cut
+from hrs.retrieval.segments import FEWEST_TOKENS, Cut, default_cut
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
 from jobs.measuring import Measurement, open_subject, require_model, tell, track
-from jobs.options import SEED, Parser, whole
+from jobs.options import SEED, Parser, listed, number, whole
 
 STUDY = "needles"
-T = TypeVar("T")
 RESULT, TABLES, PAGE = "needle.json", "needle.txt", "needle.md"
 
 
@@ -61,9 +58,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SEGMENTS",
         help="length of a haystack (default 16)",
     )
-    parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="of the needle (default 0,0.25,0.5,0.75,1)")
     parser.add_argument(
-        "--distractors", default="0,16,64,256", help="other segments in the store (default 0,16,64,256)"
+        "--depths",
+        type=listed(number(0.0, 1.0)),
+        default="0,0.25,0.5,0.75,1",
+        help="of the needle (default 0,0.25,0.5,0.75,1)",
+    )
+    parser.add_argument(
+        "--distractors",
+        type=listed(whole(0)),
+        default="0,16,64,256",
+        help="other segments in the store (default 0,16,64,256)",
     )
     parser.add_argument("--trials", type=whole(2), default=40, help="needles per depth (default 40)")
     parser.add_argument(
@@ -74,9 +79,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=whole(1), default=8, help="length of a continuation (default 8)")
     parser.add_argument("--seed", type=SEED, default=0)
     options = parser.parse_args(arguments)
-    options.depths = numbers(options.depths, float, "--depths")
-    options.distractors = numbers(options.distractors, int, "--distractors")
+    plan_of(options, Cut(length=FEWEST_TOKENS))  # a worker makes it again, with the model's own cut
     return options
+
+
+def plan_of(options: argparse.Namespace, cut: Cut) -> NeedlePlan:
+    """Return what is measured with segments of that cut.
+
+    Raises:
+        HRSError: if the options do not make a plan.
+    """
+    return NeedlePlan(
+        cut=cut,
+        split=options.split,
+        haystack_segments=options.haystack,
+        depths=options.depths,
+        distractors=options.distractors,
+        trials=options.trials,
+        block=options.block,
+        new_tokens=options.new_tokens,
+        seed=options.seed,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,33 +122,11 @@ class Measured:
     causal: bool | None
 
 
-def numbers(text: str, kind: Callable[[str], T], option: str) -> tuple[T, ...]:
-    """A comma-separated list.
-
-    Raises:
-        HRSError: if it is none.
-    """
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as error:
-        raise HRSError(f"{option} must be numbers with commas between them, got {shown(text)}") from error
-
-
 def measure(task: Task, storage: Storage) -> Iterator[str | Measured]:
     """What a worker does; yields lines to print, and at last where the results are."""
     subject, options = open_subject(task.model, storage), task.options
     opened, tokens, model = subject.opened, subject.tokens, subject.opened.model
-    plan = NeedlePlan(
-        cut=default_cut(model, options.condition, options.segment),
-        split=options.split,
-        haystack_segments=options.haystack,
-        depths=options.depths,
-        distractors=options.distractors,
-        trials=options.trials,
-        block=options.block,
-        new_tokens=options.new_tokens,
-        seed=options.seed,
-    )
+    plan = plan_of(options, default_cut(model, options.condition, options.segment))
     key = measurement_key(plan, subject.fingerprint, tokens.fingerprint)
     folder = storage.root / "needles" / key
     yield f"model {subject.fingerprint}: {opened.config.preset}, {opened.config.data.corpus}"

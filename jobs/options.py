@@ -5,11 +5,13 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from hrs.config.checks import LARGEST_SEED, LARGEST_SIZE
 from hrs.errors import HRSError, shown
 from hrs.threads import MOST_THREADS
+
+T = TypeVar("T")
 
 MOST_SEEDS = 10_000
 
@@ -50,6 +52,11 @@ def number(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Return the type of an option that takes values of another type with commas between them."""
+    return lambda text: tuple(kind(part) for part in text.split(","))
 
 
 def folder(text: str) -> Path:

@@ -170,7 +170,7 @@ def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, str):
             raise wrong
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise HRSError(f"{where} must be UTF-8 text, got {shown(value)}")
+            raise HRSError(f"{where} must be UTF-8 text, got {shown(value)}: rename it, or use a UTF-8 locale")
         return value
     if isinstance(value, bool):
         raise wrong

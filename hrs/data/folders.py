@@ -87,4 +87,4 @@ def require_utf8_path(path: Path) -> None:
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
-        raise HRSError(f"the path {shown(str(path))} is not UTF-8: rename the file or folder, or link to it") from None
+        raise HRSError(f"the path {shown(str(path))} is not UTF-8: rename it, or use a UTF-8 locale") from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hrs.errors import HRSError
+from hrs.errors import HRSError, shown
 from hrs.export.quantize import BITS, Grid, quantize, rows_of
 from hrs.export.tensors import Entry, Grids, Packed
 
@@ -37,12 +37,12 @@ def parse_budget(text: str) -> int:
     Raises:
         HRSError: for anything else, or less than one byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
-        raise HRSError(f"budget '{text}' is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+        raise HRSError(f"budget {shown(text)} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
     n_bytes = round(float(match[1]) * _UNITS[match[2].upper()])
     if n_bytes < 1:
-        raise HRSError(f"budget '{text}' is less than one byte: write a size such as 16MB")
+        raise HRSError(f"budget {shown(text)} is less than one byte: write a size such as 16MB")
     return n_bytes
 
 

@@ -9,12 +9,14 @@ import pytest
 
 import jobs.ablation_sweep
 import jobs.lr_search
+import jobs.needle
 from hrs import cli
 from hrs.storage import open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
 
 Sentence = Callable[..., str]
+HERE = str(Path(__file__).parent)
 
 
 @pytest.fixture
@@ -25,7 +27,8 @@ def sentence_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def run(*words: str) -> str:
         program, *arguments = words
         monkeypatch.setattr(sys, "argv", [program, *arguments])
-        main = {"ablation_sweep": jobs.ablation_sweep.main, "lr_search": jobs.lr_search.main}.get(program)
+        modules = {"ablation_sweep": jobs.ablation_sweep, "lr_search": jobs.lr_search, "needle": jobs.needle}
+        main = modules[program].main if program in modules else None
         with pytest.raises(SystemExit) as ended:
             cli.main() if main is None else run_entry(main)
         printed = capsys.readouterr()
@@ -63,13 +66,16 @@ def sentence_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (("hrs", "train", "dense_baseline", "--corpus", "text:~nosuchuser/a.txt"), ("~nosuchuser",)),
         (("hrs", "train", "dense_baseline", "--threads", "1" + "0" * 23), ("--threads",)),
         (("hrs", "train"), ("preset", "hrs train --help")),
-        (("hrs", "evaluate", "/nowhere", "--save", __file__), ("--save", "is a file")),
-        (("hrs", "evaluate", "/nowhere", "--split", "dev"), ("unknown split 'dev'",)),
-        (("hrs", "export", "/nowhere", "--output", "/"), ("--output", "/")),
-        (("hrs", "export", "/nowhere", "--bits", "9"), ("--bits",)),
+        (("hrs", "evaluate", HERE, "--save", __file__), ("--save", "is a file")),
+        (("hrs", "evaluate", HERE, "--split", "dev"), ("unknown split 'dev'",)),
+        (("hrs", "export", HERE, "--output", "/"), ("--output", "/")),
+        (("hrs", "export", HERE, "--bits", "9"), ("--bits",)),
         (("hrs", "ui", "--port", "99999"), ("--port",)),
-        (("hrs", "serve", "/nowhere", "--port", "0"), ("--port",)),
-        (("hrs", "generate", "/nowhere", "--temperature", "nan"), ("temperature must lie between",)),
+        (("hrs", "serve", HERE, "--port", "0"), ("--port",)),
+        (("needle", "x", "--depths", "0,nan"), ("--depths", "between 0 and 1")),
+        (("needle", "x", "--distractors", "4,2"), ("must rise",)),
+        (("hrs", "export", HERE, "--budget", "9" * 400 + "GB"), ("is not a size",)),
+        (("hrs", "generate", HERE, "--temperature", "nan"), ("temperature must lie between",)),
         (("ablation_sweep", "--seeds", "3", "--set", "seed=7"), ("seed cannot be overridden", "--seeds")),
         (("ablation_sweep", "--seeds", "1" + "0" * 23), ("--seeds: must lie between 1 and 10,000",)),
         (("ablation_sweep", "--presets", "full_hrs,full_hrs"), ("'full_hrs' is named twice",)),
@@ -103,7 +109,7 @@ def test_a_storage_that_cannot_be_is_one_sentence(
     home: str, sentence_of: Sentence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HRS_STORAGE", home)
-    assert "HRS_STORAGE" in sentence_of("hrs", "report", "v1-tiny")
+    assert "HRS_STORAGE" in sentence_of("hrs", "train", "dense_baseline", "--scale", "micro")
 
 
 def test_a_training_that_fails_closes_its_study_with_the_reason(
