@@ -3,12 +3,14 @@
 import hashlib
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from hrs.config import ExperimentConfig
 from hrs.errors import HRSError
 from hrs.identity import code_fingerprint
 from hrs.models import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
-from hrs.training import load_model
+from hrs.training import load_trained
 
 
 def weights_fingerprint(model: LanguageModel) -> str:
@@ -17,17 +19,20 @@ def weights_fingerprint(model: LanguageModel) -> str:
     return hashlib.sha256("\n".join((model_fingerprint(model), code)).encode()).hexdigest()[:16]
 
 
-def base_of(config: ExperimentConfig, base_directory: Path) -> LanguageModel:
+def base_of(config: ExperimentConfig, base_directory: Path, tokenizer: Tokenizer) -> LanguageModel:
     """The base that ``training.retrieval`` names, on the CPU, in evaluation mode.
 
     Args:
         config: of a run that reads memories.
         base_directory: of the base's run, or one of its checkpoints.
+        tokenizer: of the text that the base will read.
 
     Raises:
-        HRSError: if it cannot be read, or has another fingerprint or another shape than the config says.
+        HRSError: if it cannot be read, has another fingerprint or another shape than the config says, or learned with
+            another tokenizer.
     """
-    base, base_config = load_model(base_directory)
+    trained = load_trained(base_directory)
+    base, base_config = trained.model, trained.config
     if (fingerprint := weights_fingerprint(base)) != (named := config.training.retrieval.fingerprint):
         raise HRSError(
             f"the base in {base_directory} has fingerprint {fingerprint} and training.retrieval.fingerprint says "
@@ -35,6 +40,11 @@ def base_of(config: ExperimentConfig, base_directory: Path) -> LanguageModel:
         )
     if (base_config.model.d_model, base_config.model.max_seq_len) != (config.model.d_model, config.model.max_seq_len):
         raise HRSError("the base and the run that reads its memories must have one d_model and one max_seq_len")
+    if trained.tokenizer is not None and trained.tokenizer.to_str() != tokenizer.to_str():
+        raise HRSError(
+            f"the base in {base_directory} learned with another tokenizer than the run that reads its memories, so it "
+            "would read other words: train both on one corpus"
+        )
     return base
 
 

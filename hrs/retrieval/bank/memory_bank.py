@@ -114,7 +114,7 @@ def open_bank(config: ExperimentConfig, store: TokenStore, base_directory: Path,
             do not divide, or the text has no chunk.
     """
     retrieval, n_slots = config.training.retrieval, config.model.engram.slots
-    base, per_chunk = base_of(config, base_directory), slots_per_chunk(config)
+    base, per_chunk = base_of(config, base_directory, store.tokenizer), slots_per_chunk(config)
     # What only training does with the memories does not make another bank.
     same = canonical_json(dataclasses.replace(retrieval, base="", fingerprint="", memory="right"))
     parts = (retrieval.fingerprint, store.fingerprint, same, str(n_slots))

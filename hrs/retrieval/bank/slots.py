@@ -44,7 +44,11 @@ def slot_maker(
     """
     if not model.takes_memory:
         return None
-    base = model if base_directory is None else base_of(config, base_directory).to(next(model.parameters()).device)
+    base = (
+        model
+        if base_directory is None
+        else base_of(config, base_directory, tokenizer).to(next(model.parameters()).device)
+    )
     return TextSlots(base, tokenizer, config)
 
 

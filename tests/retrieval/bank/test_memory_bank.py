@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore
 from hrs.data.documents import SPLITS
+from hrs.data.tokenization import build_tokenizer
 from hrs.data.windows import evaluation_windows
 from hrs.errors import HRSError
 from hrs.presets import experiment
@@ -329,6 +330,12 @@ def test_what_does_not_fit_is_refused(base: Path, small_store: TokenStore, tmp_p
         open_bank(config_for(base), small_store, tmp_path / "nowhere", tmp_path)
     with pytest.raises(HRSError, match="belong together"):
         config_for(base, fingerprint="")
+
+
+def test_a_base_reads_only_the_ids_that_it_learned(base: Path, small_store: TokenStore, tmp_path: Path) -> None:
+    other = build_tokenizer("bpe:270", iter(["quite other words than those of the corpus"] * 9))
+    with pytest.raises(HRSError, match="learned with another tokenizer"):
+        open_bank(config_for(base), dataclasses.replace(small_store, tokenizer=other), base, tmp_path)
 
 
 def test_the_fingerprint_is_of_the_weights(base: Path) -> None:
