@@ -20,6 +20,7 @@ from hrs.nn.engrams import EngramMechanism, build_engrams
 from hrs.nn.feedforward import FeedForward
 from hrs.nn.locality import LocalityHead
 from hrs.nn.objectives import AuxiliaryObjectives
+from hrs.nn.products import linear
 from hrs.nn.router import Router, routing_losses, routing_statistics
 from hrs.nn.test_time_memory import TestTimeMemory
 
@@ -109,7 +110,7 @@ class HRSModel(LanguageModel):
     def unembed(self, hidden: Tensor) -> Tensor:
         if self.test_time_memory is not None:
             return self.test_time_memory.unembed(hidden, self.embedding.weight)
-        return F.linear(hidden, self.embedding.weight)
+        return linear(hidden, self.embedding.weight)
 
     def unembedding(self) -> Unembedding | None:
         return Unembedding(self.embedding.weight) if self.test_time_memory is None else None

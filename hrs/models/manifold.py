@@ -23,6 +23,7 @@ from hrs.nn.manifold import Hop, HopCache, HopStatistics, SharedLayers, WindowRe
 from hrs.nn.manifold.context import context_velocity, wide
 from hrs.nn.manifold.hop_cell import HopCell
 from hrs.nn.manifold.mixer import SpectralMixer
+from hrs.nn.products import Linear
 
 _HOPS = ("blocks.", "shared.")
 """Beginnings of the names of parameters in the group of that name; all others are the backbone."""
@@ -68,16 +69,14 @@ class ManifoldModel(LanguageModel):
         self.d_model = d
         self._set_geometry(geometry or _placeholder(config.vocab_size, manifold))
         self.reader = WindowReader(manifold)
-        self.coordinate_embedding = nn.Sequential(
-            nn.Linear(n_coordinates, d), nn.GELU(), nn.Linear(d, d), nn.LayerNorm(d)
-        )
+        self.coordinate_embedding = nn.Sequential(Linear(n_coordinates, d), nn.GELU(), Linear(d, d), nn.LayerNorm(d))
         self.embedding = nn.Embedding(config.vocab_size, d)
-        self.fuse = nn.Linear(2 * d, d)
+        self.fuse = Linear(2 * d, d)
         self.dropout = Dropout(config.dropout)
         self.shared = SharedLayers(config)
         self.blocks = nn.ModuleList(Hop(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(d)
-        self.output = nn.Linear(d, config.vocab_size)
+        self.output = Linear(d, config.vocab_size)
         self._initialise()
 
     def _set_geometry(self, geometry: TokenGeometry) -> None:

@@ -11,6 +11,7 @@ from hrs.nn.cache import KeyValueCache, KeyValueSlots, SlotTable
 from hrs.nn.cpu_attention import project_and_attend
 from hrs.nn.dropout import Dropout, draws_fast
 from hrs.nn.kernels import Dot, ProductKernel, attend_by_scores, build_kernel, coarse_and_rest
+from hrs.nn.products import Linear
 
 _ALIGNMENT = 8
 """Widths that fused attention kernels take, in elements."""
@@ -98,8 +99,8 @@ class Attention(nn.Module):
         d_model, self.n_heads = config.d_model, config.n_heads
         self.d_head = d_model // self.n_heads
         self.n_keys = n_positions + n_extra_keys
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = Linear(d_model, 3 * d_model, bias=False)
+        self.output = Linear(d_model, d_model, bias=False)
         positions = config.attention.positions
         self.rotary = RotaryEmbedding(self.d_head, n_positions, config.rope_base) if positions == "rotary" else None
         self.alibi = positions == "alibi"

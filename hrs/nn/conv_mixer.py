@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from hrs.nn.cache import TailCache
 from hrs.nn.dropout import Dropout
+from hrs.nn.products import Linear
 
 
 class CausalConv(nn.Module):
@@ -31,7 +32,7 @@ class ConvMixer(nn.Module):
     def __init__(self, d_model: int, kernel: int, *, dropout: float) -> None:
         super().__init__()
         self.conv = CausalConv(d_model, kernel)
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.output = Linear(d_model, d_model, bias=False)
         self.norm = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrs.nn.dropout import keep_mask
+from hrs.nn.products import product
 
 QUERIES_AT_ONCE = 32
 """Queries scored together under dropout. Few: less is computed of the future, and scores stay in the cache."""
@@ -54,7 +55,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.n_heads, ctx.scale, ctx.dropout = n_heads, scale, dropout
         matrix = weight if turns is None else _neighbours(weight, n_heads)
-        joint = x @ matrix.t()  # [B, T, 3 d]
+        joint = product(x, matrix.t())  # [B, T, 3 d]
         if turns is not None:
             _complex(joint, n_heads)[:, :, : 2 * n_heads].mul_(turns[:, None])
         q, k, v = _heads(joint, n_heads)
@@ -81,10 +82,10 @@ class _Attention(torch.autograd.Function):
             target.copy_(part)
         if turns is not None:
             _complex(grad_joint, ctx.n_heads)[:, :, : 2 * ctx.n_heads].mul_(turns.conj().resolve_conj()[:, None])
-        grad_x = grad_joint @ matrix if ctx.needs_input_grad[0] else None
+        grad_x = product(grad_joint, matrix) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = grad_joint.flatten(0, 1).t() @ x.flatten(0, 1)
+            grad_weight = product(grad_joint.flatten(0, 1).t(), x.flatten(0, 1))
             if turns is not None:
                 grad_weight = _halves(grad_weight, ctx.n_heads)
         return grad_x, grad_weight, None, None, None, None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.dropout import Dropout
+from hrs.nn.products import Linear
 
 
 class CrossAttention(nn.Module):
@@ -31,10 +32,10 @@ class CrossAttention(nn.Module):
         self.by_slot = config.engram.kind == "retrieved"
         self.norm = nn.LayerNorm(d)
         self.slot_norm = None if self.as_original else nn.LayerNorm(d)
-        self.query = nn.Linear(d, d, bias=False)
-        self.key = nn.Linear(d, d, bias=False)
-        self.value = nn.Linear(d, d, bias=False)
-        self.output = nn.Linear(d, d, bias=False)
+        self.query = Linear(d, d, bias=False)
+        self.key = Linear(d, d, bias=False)
+        self.value = Linear(d, d, bias=False)
+        self.output = Linear(d, d, bias=False)
         self.gate = nn.Parameter(torch.tensor(0.0 if self.as_original else 1.0))
         self.dropout = Dropout(config.dropout)
 

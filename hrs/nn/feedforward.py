@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.nn.dropout import Dropout
+from hrs.nn.products import Linear
 
 
 class FeedForward(nn.Module):
@@ -11,8 +12,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, *, dropout: float) -> None:
         super().__init__()
-        self.hidden = nn.Linear(d_model, d_ff, bias=False)
-        self.output = nn.Linear(d_ff, d_model, bias=False)
+        self.hidden = Linear(d_model, d_ff, bias=False)
+        self.output = Linear(d_ff, d_model, bias=False)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

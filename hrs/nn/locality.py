@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.config import LocalityConfig
+from hrs.nn.products import Linear
 
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -27,7 +28,7 @@ class LocalityHead(nn.Module):
     def __init__(self, config: LocalityConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
-        self.projection = nn.Linear(d_model, d_model, bias=False)
+        self.projection = Linear(d_model, d_model, bias=False)
 
     def sample(self, n_tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Positions of anchors [A], of their positives [A] (possibly the anchor itself), and of negatives [N].

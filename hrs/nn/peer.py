@@ -10,6 +10,7 @@ from hrs.config import PeerConfig
 from hrs.errors import HRSError
 from hrs.nn.expert_ops import mix_experts, mix_experts_naive
 from hrs.nn.expert_retrieval import retrieve, retrieve_naive
+from hrs.nn.products import Linear
 
 
 class Peer(nn.Module):
@@ -54,12 +55,12 @@ class Peer(nn.Module):
         halves = config.mode == "paper"
         self.n_queries = 2 if halves else 1
         n_key_heads, expert_width = (1, d_model) if halves else (config.n_heads, self.key_width)
-        self.query = nn.Linear(d_model, config.n_heads * self.n_queries * self.key_width, bias=False)
+        self.query = Linear(d_model, config.n_heads * self.n_queries * self.key_width, bias=False)
         self.query_norm = nn.LayerNorm(2 * self.key_width) if halves else nn.Identity()
         self.keys = nn.Parameter(torch.empty(2, n_key_heads, config.sub_keys, self.key_width))
         self.down = nn.Parameter(torch.empty(self.n_experts, expert_width))
         self.up = nn.Parameter(torch.empty(self.n_experts, expert_width))
-        self.output = nn.Identity() if halves else nn.Linear(d_model, d_model, bias=False)
+        self.output = nn.Identity() if halves else Linear(d_model, d_model, bias=False)
         self.norm = nn.Identity() if halves else nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.keys, std=1 / math.sqrt(self.key_width) if halves else 0.02)

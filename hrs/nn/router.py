@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hrs.config import RouterConfig
 from hrs.nn.cache import TailCache
+from hrs.nn.products import Linear
 
 RELATIVE_COST = {"conv": 0.0015, "expert": 0.111, "peer": 0.111, "attention": 0.111, "sink": 0.0002}
 """Cost of a tier as a share of the original's dense layer, for the FLOPs loss. A table, not a measurement."""
@@ -26,8 +27,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.trc_window = min(config.trc_window, max_seq_len)
-        self.hidden = nn.Linear(d_model, config.hidden, bias=False)
-        self.output = nn.Linear(config.hidden, n_tiers, bias=False)
+        self.hidden = Linear(d_model, config.hidden, bias=False)
+        self.output = Linear(config.hidden, n_tiers, bias=False)
         # A tensor, so that a compiled graph does not depend on its value.
         self.register_buffer("temperature", torch.tensor(config.temperature_start), persistent=False)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hrs.config import ModelConfig
 from hrs.nn.cache import SlotTable, SlotTensor
+from hrs.nn.products import Linear, linear
 
 _INITIAL_MIX = (0.88, 0.12)
 _EPS = 1e-6
@@ -102,15 +103,15 @@ class TestTimeMemory(nn.Module):
         super().__init__()
         memory, d = config.test_time_memory, config.d_model
         self.chunk = memory.chunk
-        self.key = nn.Linear(d, memory.key_width, bias=False)
-        self.query = nn.Linear(d, memory.key_width, bias=False)
-        self.gates = nn.Linear(d, 2)
+        self.key = Linear(d, memory.key_width, bias=False)
+        self.query = Linear(d, memory.key_width, bias=False)
+        self.gates = Linear(d, 2)
         """Step and forget gate, before the sigmoid."""
         self.surprise = nn.Parameter(torch.empty(()))
         """How much an error of 1 adds to the step's gate."""
-        self.output = nn.Linear(d, d, bias=False)
-        self.router_hidden = nn.Linear(d + 1, memory.router_hidden)
-        self.router_output = nn.Linear(memory.router_hidden, 2)
+        self.output = Linear(d, d, bias=False)
+        self.router_hidden = Linear(d + 1, memory.router_hidden)
+        self.router_output = Linear(memory.router_hidden, 2)
         self.initialise()
 
     @torch.no_grad()
@@ -240,6 +241,6 @@ class TestTimeMemory(nn.Module):
         """
         d = embedding.shape[1]
         hidden, read, mix = joined.split((d, d, 2), dim=-1)
-        own = F.linear(hidden, embedding).log_softmax(dim=-1)
-        remembered = F.linear(read, embedding).log_softmax(dim=-1)
+        own = linear(hidden, embedding).log_softmax(dim=-1)
+        remembered = linear(read, embedding).log_softmax(dim=-1)
         return torch.logaddexp(mix[..., :1] + own, mix[..., 1:] + remembered)

@@ -17,6 +17,7 @@ from hrs.nn.cache import CachePart, KeyValueSlots, SlotPart, SlotTable, TailCach
 from hrs.nn.conv_mixer import CausalConv
 from hrs.nn.dropout import Dropout
 from hrs.nn.peer import Peer
+from hrs.nn.products import Linear
 from hrs.nn.router import Router
 
 # Every tier is called as tier(x, positions, cache); those without a memory take no notice of the last two.
@@ -51,9 +52,9 @@ class ExpertTier(nn.Module):
         super().__init__()
         self.n_experts = n_experts
         self.renormalise_gate = renormalise_gate
-        self.gate = nn.Linear(d_model, n_experts, bias=False)
-        self.hidden = nn.Linear(d_model, n_experts * expert_hidden, bias=False)
-        self.output = nn.Linear(n_experts * expert_hidden, d_model, bias=False)
+        self.gate = Linear(d_model, n_experts, bias=False)
+        self.hidden = Linear(d_model, n_experts * expert_hidden, bias=False)
+        self.output = Linear(n_experts * expert_hidden, d_model, bias=False)
         self.norm = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
 

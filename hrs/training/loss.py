@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 from hrs.models.base import Unembedding
+from hrs.nn.products import by_onednn, product
 
 IGNORED = -100
 """The target that adds neither loss nor gradients."""
@@ -251,13 +252,15 @@ def _padded(values: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b in float32 at least, not rounded to half precision in between."""
     if a.dtype == _at_least_float32(a.dtype):
-        return a @ b
+        return product(a, b)
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else _half_product(a, b)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to ``total``, which is float32 at least, in place."""
-    if a.dtype == total.dtype:
+    if a.dtype == total.dtype and by_onednn(a, b.shape[1]):
+        total.add_(product(a, b))
+    elif a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -19,6 +19,7 @@ from hrs.config import ModelConfig
 from hrs.nn.attention import SlotMemory
 from hrs.nn.cache import SlotTable, SlotTensor
 from hrs.nn.engrams.observed_loss import ObservedLoss
+from hrs.nn.products import Linear
 
 
 @dataclass(slots=True)
@@ -163,8 +164,8 @@ class EngramEncoder(nn.Module):
     def __init__(self, d_model: int, per_window: int) -> None:
         super().__init__()
         self.per_window = per_window
-        self.hidden = nn.Linear(d_model, 2 * d_model)
-        self.output = nn.Linear(2 * d_model, per_window * d_model)
+        self.hidden = Linear(d_model, 2 * d_model)
+        self.output = Linear(2 * d_model, per_window * d_model)
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, means: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from hrs.nn.cache import SlotTable, SlotTensor
 from hrs.nn.engrams.base import BlockInputs, EngramEncoder, EngramMechanism, EngramState, WindowCache, WindowSlots
 from hrs.nn.engrams.observed_loss import ObservedLoss
 from hrs.nn.engrams.remember_gate import gate_entropy
+from hrs.nn.products import Linear
 
 
 class Upsampler(nn.Module):
@@ -18,8 +19,8 @@ class Upsampler(nn.Module):
         super().__init__()
         self.window = window
         self.positions = nn.Parameter(torch.empty(window, d_model))
-        self.hidden = nn.Linear(d_model, d_model)
-        self.output = nn.Linear(d_model, d_model)
+        self.hidden = Linear(d_model, d_model)
+        self.output = Linear(d_model, d_model)
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, engrams: Tensor) -> Tensor:

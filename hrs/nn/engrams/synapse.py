@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrs.nn.products import Linear
+
 
 class Synapse(nn.Module):
     """The "virtual synapse": two networks d -> hidden -> d without biases read the mean engram, and the cosine of what
@@ -35,4 +37,4 @@ class Synapse(nn.Module):
 
 
 def _network(d_model: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(d_model, hidden, bias=False), nn.GELU(), nn.Linear(hidden, d_model, bias=False))
+    return nn.Sequential(Linear(d_model, hidden, bias=False), nn.GELU(), Linear(hidden, d_model, bias=False))

@@ -10,6 +10,7 @@ from hrs.nn.attention import RotaryEmbedding
 from hrs.nn.cache import KeyValueCache
 from hrs.nn.kernels import Dot, attend_by_scores
 from hrs.nn.manifold.window import TokenWindow
+from hrs.nn.products import Linear
 
 
 class ManifoldAttention(nn.Module):
@@ -25,10 +26,10 @@ class ManifoldAttention(nn.Module):
         self.n_heads = config.n_heads
         d_head = d // config.n_heads
         self.length = math.sqrt(n_coordinates)
-        self.query = nn.Linear(d + 2 * n_coordinates, d, bias=False)
-        self.key = nn.Linear(d + n_coordinates, d, bias=False)
-        self.value = nn.Linear(d, d, bias=False)
-        self.output = nn.Linear(d, d, bias=False)
+        self.query = Linear(d + 2 * n_coordinates, d, bias=False)
+        self.key = Linear(d + n_coordinates, d, bias=False)
+        self.value = Linear(d, d, bias=False)
+        self.output = Linear(d, d, bias=False)
         self.rotary = RotaryEmbedding(d_head, config.max_seq_len, config.rope_base)
         self.kernel = Dot(d_head)
         self.dropout = config.dropout

@@ -16,6 +16,7 @@ from hrs.nn.manifold.mixer import SpectralMixer
 from hrs.nn.manifold.router import Router, RouteStatistics
 from hrs.nn.manifold.transport import orthonormal_lift, transported
 from hrs.nn.manifold.window import TokenWindow
+from hrs.nn.products import Linear
 
 _PRIOR_START = 0.05
 
@@ -48,9 +49,9 @@ class SharedLayers(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, n_coordinates = config.d_model, config.manifold.geometry.n_coordinates
-        self.message = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d))
+        self.message = nn.Sequential(Linear(d, d), nn.GELU(), Linear(d, d))
         self.attention = ManifoldAttention(config)
-        self.to_coordinates = nn.Linear(d, n_coordinates, bias=False)
+        self.to_coordinates = Linear(d, n_coordinates, bias=False)
         # In checkpoints: another machine's decomposition may differ in its last digits.
         self.register_buffer("lift", orthonormal_lift(n_coordinates, d))
 

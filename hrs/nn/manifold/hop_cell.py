@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.nn.manifold.window import TokenWindow, per_token
+from hrs.nn.products import Linear
 
 
 class HopCell(nn.Module):
@@ -15,10 +16,10 @@ class HopCell(nn.Module):
 
     def __init__(self, d_model: int, n_coordinates: int) -> None:
         super().__init__()
-        self.structure = nn.Sequential(nn.Linear(n_coordinates, d_model), nn.GELU(), nn.Linear(d_model, 3 * d_model))
-        self.state = nn.Linear(d_model, 2 * d_model)
-        self.incoming = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.output = nn.Linear(2 * d_model, d_model)
+        self.structure = nn.Sequential(Linear(n_coordinates, d_model), nn.GELU(), Linear(d_model, 3 * d_model))
+        self.state = Linear(d_model, 2 * d_model)
+        self.incoming = Linear(d_model, 2 * d_model, bias=False)
+        self.output = Linear(2 * d_model, d_model)
 
     def modulation(self, window: TokenWindow) -> tuple[Tensor, Tensor, Tensor]:
         """a, b and sigma(z), each [B, n, D]."""

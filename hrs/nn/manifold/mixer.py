@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrs.nn.manifold.window import TokenWindow, per_token
+from hrs.nn.products import Linear
 
 
 class SpectralMixer(nn.Module):
@@ -11,9 +12,9 @@ class SpectralMixer(nn.Module):
 
     def __init__(self, d_model: int, n_coordinates: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.gate = nn.Linear(n_coordinates, 2 * d_model)
-        self.output = nn.Linear(2 * d_model, d_model, bias=False)
+        self.hidden = Linear(d_model, 2 * d_model, bias=False)
+        self.gate = Linear(n_coordinates, 2 * d_model)
+        self.output = Linear(2 * d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, window: TokenWindow) -> Tensor:
         """Normalised tokens [B, n, D] to [B, n, D], to be added to the residual stream."""

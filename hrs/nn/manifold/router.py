@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hrs.nn.manifold.context import ahead, unit, wide
 from hrs.nn.manifold.window import TokenWindow
+from hrs.nn.products import Linear
 from hrs.nn.sparsemax import Sparsemax
 
 _MESSAGE_SHARE = 0.5
@@ -66,7 +67,7 @@ class NeighbourRoute(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.edge = nn.Sequential(nn.Linear(1, _EDGE_WIDTH), nn.GELU(), nn.Linear(_EDGE_WIDTH, 1))
+        self.edge = nn.Sequential(Linear(1, _EDGE_WIDTH), nn.GELU(), Linear(_EDGE_WIDTH, 1))
 
     def forward(self, evidence: Tensor, ranks: Tensor) -> Tensor:
         """[B, n, S] of evidence [B, n, K] and ranks [B, n, S]."""
@@ -89,9 +90,9 @@ class Router(nn.Module):
         super().__init__()
         self.geo = GeodesicRoute(temperature)
         self.neighbour = NeighbourRoute()
-        self.certainty = nn.Linear(d_model, 1)
-        self.geo_gate = nn.Linear(d_model, 1)
-        self.probe = nn.Linear(d_model, d_model, bias=False)
+        self.certainty = Linear(d_model, 1)
+        self.geo_gate = Linear(d_model, 1)
+        self.probe = Linear(d_model, d_model, bias=False)
 
     def forward(
         self, state: Tensor, messages: Tensor, velocity: Tensor, lifted: Tensor, window: TokenWindow
