@@ -9,7 +9,7 @@ process of its own. ``tensors``: the most bytes of live tensors that are no grad
 inside operators is not seen. ``resident``: the high-water mark of resident memory, scratch space and allocator's waste
 included, and also gradients, because how many of them exist at that moment cannot be seen from outside.
 Sparse gradients are no tensors of the kind that can be followed, so there only ``resident`` is known.
-The reference is ``naive``, which gathers both layers of every chosen expert.
+The reference is ``naive``, which gathers both layers of every chosen expert. Its projections are the fast layer's.
 
 With ``--mode paper`` and PEER-pytorch installed (pip install peer-pytorch) that layer runs, too: the same width,
 experts, heads and choices; its heads have keys of their own and its queries no normalisation. ``paper`` needs 16 GB.
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def largest_difference(args: argparse.Namespace) -> tuple[float, int]:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs), int((~same).sum())
 
 
-def seconds_of(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
+def seconds_of(names: list[str], args: argparse.Namespace, clock: Callable[[], float]) -> dict[str, list[float]]:
     ours = build("fast", args)
     layers = {name: build(name, args) if name == THEIRS else ours for name in names}
     x, direction = inputs(args, args.tokens)
@@ -155,10 +156,10 @@ def seconds_of(names: list[str], args: argparse.Namespace) -> dict[str, list[flo
     warm_up = 1
     for i in range(warm_up + args.steps):
         for name in names if i % 2 else reversed(names):
-            start = time.perf_counter()
+            start = clock()
             one_pass(layers[name], name, x, direction)
             if i >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
             layers[name].zero_grad()
             x.grad = None
     return seconds
@@ -177,17 +178,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--steps", type=int, default=7, help="timed passes of each variant")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what a pass's seconds are")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of:
         print(*memory_of(args.memory_of, args))
         return
-    print(" ".join(f"{name}={getattr(args, name)}" for name in SHAPE), f"load={os.getloadavg()[0]:.1f}")
+    print(" ".join(f"{name}={getattr(args, name)}" for name in (*SHAPE, "clock")), f"load={os.getloadavg()[0]:.1f}")
     names = variants(args)
     difference, ties = largest_difference(args)
     print(f"largest difference of outputs and gradients to naive: {difference:.1e}, apart from {ties} tokens with ties")
-    seconds = {name: statistics.median(taken) for name, taken in seconds_of(names, args).items()}
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    seconds = {name: statistics.median(taken) for name, taken in seconds_of(names, args, clock).items()}
     memory = {name: measured_memory(name, args) for name in names}
     for name in names:
         line = f"{name:17} {seconds[name]:7.3f} s ({seconds[REFERENCE] / seconds[name]:4.1f}x)"

@@ -6,6 +6,7 @@ Triton) dot products gather a bounded piece at a time. A row's result depends on
 """
 
 import functools
+import itertools
 import logging
 import warnings
 from importlib.util import find_spec
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrs.gpu import is_gone, is_out_of_memory
+from hrs.nn import recycled_memory
 
 _log = logging.getLogger(__name__)
 
 GATHER_BYTES = 32 * 2**20
 """Most that :func:`gathered_dot` copies at a time where it has to copy."""
+SUM_BYTES = 2**20
+"""Of a large gradient of a table on the CPU, what is summed at a time: it stays in the second cache."""
 
 
 def dot(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
@@ -102,14 +106,14 @@ def table_gradient(weights: Tensor, x: Tensor, indices: Tensor, n_rows: int) -> 
     else:
         counts = torch.bincount(chosen, minlength=n_rows)
         starts = counts.cumsum(0) - counts
-    return _sum_of_groups(weights, x, order, starts)
+    return _sum_of_groups(weights, x, order, starts, n_rows)
 
 
 def touched_rows(weights: Tensor, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of :func:`table_gradient` that any choice met: their numbers [m], ascending, and values [m, w]."""
     chosen, order = _sorted(indices)
     rows, counts = chosen.unique_consecutive(return_counts=True)
-    return rows.long(), _sum_of_groups(weights, x, order, counts.cumsum(0) - counts)
+    return rows.long(), _sum_of_groups(weights, x, order, counts.cumsum(0) - counts, indices.numel())
 
 
 def _sorted(indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +122,28 @@ def _sorted(indices: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.values, chosen.indices
 
 
-def _sum_of_groups(weights: Tensor, x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """[len(starts), w], sums of weights * x over the groups, begun at ``starts``, of the pairs listed in ``order``."""
+def _sum_of_groups(weights: Tensor, x: Tensor, order: Tensor, starts: Tensor, most: int) -> Tensor:
+    """[len(starts), w], sums of weights * x over the groups, begun at ``starts``, of the pairs listed in ``order``.
+
+    ``most`` is the largest number of groups that there can be at these shapes.
+    """
+    x = x.contiguous()
     rows = torch.div(order, weights.shape[1], rounding_mode="floor")
     sorted_weights = weights.reshape(-1).index_select(0, order)
-    return F.embedding_bag(rows, x.contiguous(), starts, per_sample_weights=sorted_weights, mode="sum")
+    row_bytes = x.shape[1] * x.element_size()
+    if x.is_cuda or most * row_bytes < recycled_memory.LARGE_BYTES:
+        return F.embedding_bag(rows, x, starts, per_sample_weights=sorted_weights, mode="sum")
+    # torch cannot sum into memory that is there: sums are made in the cache, a piece at a time, and copied.
+    result = recycled_memory.empty((len(starts), x.shape[1]), x.dtype, most=most * x.shape[1])
+    size = max(1, SUM_BYTES // row_bytes)
+    begins = starts[::size]
+    starts = starts - begins.repeat_interleave(size)[: len(starts)]
+    for target, first, pairs in zip(result.split(size), starts.split(size), _slices(begins, len(rows)), strict=True):
+        target.copy_(F.embedding_bag(rows[pairs], x, first, per_sample_weights=sorted_weights[pairs], mode="sum"))
+    return result
+
+
+def _slices(begins: Tensor, end: int) -> list[slice]:
+    """From each of ``begins`` to the next one, and from the last one to ``end``."""
+    edges = [*begins.tolist(), end]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from hrs.nn.expert_ops import chosen_sum, table_gradient
+from hrs.nn.products import product
 
 SCORE_BYTES = 2 * 2**20
-"""Most that the scores of one side against all its keys take at a time; larger on a GPU, which wants more work."""
+"""Most that scores against one side's keys take at a time; larger on a GPU, which wants more work."""
 CUDA_SCORE_BYTES = 128 * 2**20
 
 
@@ -43,23 +44,27 @@ def retrieve_naive(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]
 def product_key_top_k(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k experts with the highest scores, best first: key of each side [T, H, 2, k] int64, and score [T, H, k]."""
     n_tokens, n_heads, n_queries, _ = query.shape
-    _, _, n_keys, _ = keys.shape
-    limit = CUDA_SCORE_BYTES if query.is_cuda else SCORE_BYTES
-    n_at_a_time = max(1, limit // (n_heads * n_keys * query.element_size()))
+    n_keys = keys.shape[2]
+    # A CPU works on one head at a time, whose scores of many tokens fit its cache.
+    n_together, limit = (n_heads, CUDA_SCORE_BYTES) if query.is_cuda else (1, SCORE_BYTES)
+    n_at_a_time = max(1, limit // (n_together * n_keys * query.element_size()))
     out = torch.empty(n_tokens, n_heads, 2, k, dtype=torch.int64, device=query.device)
     best = query.new_empty(n_tokens, n_heads, k)
-    left, right = _possible_pairs_on(k, query.device)
-    for part, target, score in zip(*(x.split(n_at_a_time) for x in (query, out, best)), strict=True):
-        values, indices = [], []
-        for side in range(2):
-            scores = torch.matmul(part[:, :, side % n_queries].transpose(0, 1), keys[side].transpose(-1, -2))
-            indices.append(_best(scores, k))  # [H, t, k]
-            values.append(scores.gather(-1, indices[side]))
-        sums = values[0][..., left] + values[1][..., right]
-        chosen = _best(sums, k)
-        score.copy_(sums.gather(-1, chosen).transpose(0, 1))
-        for side, places in enumerate((left, right)):
-            target[:, :, side] = indices[side].gather(-1, places.take(chosen)).transpose(0, 1)
+    pairs = _possible_pairs_on(k, query.device)
+    for start in range(0, n_tokens, n_at_a_time):
+        tokens = slice(start, start + n_at_a_time)
+        for first in range(0, n_heads, n_together):
+            heads = slice(first, first + n_together)
+            values, indices = [], []
+            for side in range(2):
+                scores = _scores(query[tokens, heads, side % n_queries], keys[side], heads)
+                indices.append(_best(scores, k))  # [h, t, k]
+                values.append(scores.gather(-1, indices[side]))
+            sums = values[0].index_select(-1, pairs[0]) + values[1].index_select(-1, pairs[1])
+            chosen = _best(sums, k)
+            best[tokens, heads] = sums.gather(-1, chosen).transpose(0, 1)
+            for side in range(2):
+                out[tokens, heads, side] = indices[side].gather(-1, pairs[side].take(chosen)).transpose(0, 1)
     return out, best
 
 
@@ -96,25 +101,46 @@ for _device in ("cpu", "cuda"):
     product_key_top_k.register_autocast(_device, torch.float32)
 
 
+def _scores(query: Tensor, keys: Tensor, heads: slice) -> Tensor:
+    """[h, t, S] of queries [t, h, c] of some heads and one side's keys [H, S, c], or [1, S, c] that all heads share."""
+    own = keys if len(keys) == 1 else keys[heads]
+    if query.shape[1] == 1:
+        return product(query[:, 0], own[0].t()).unsqueeze(0)
+    return torch.matmul(query.transpose(0, 1), own.mT)
+
+
 def _best(scores: Tensor, k: int) -> Tensor:
     """Places of the k largest along the last dimension, largest first: ``topk``, several times faster on the CPU.
 
-    The k largest of many are within the k groups with the largest maxima, and NumPy sorts short rows with vector
-    instructions.
+    The k largest of many are within the k groups with the largest maxima.
     """
     n, n_groups = scores.shape[-1], 4 * k
     if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
         return scores.topk(k, dim=-1).indices
     if n <= 2 * n_groups:
-        ascending = np.argsort(scores.numpy(), axis=-1)
-        return torch.from_numpy(ascending[..., : -k - 1 : -1].copy())
+        return _best_of_few(scores, k)
     if n % n_groups:
         return scores.topk(k, dim=-1).indices
     columns = scores.unflatten(-1, (-1, n_groups))  # [..., n / n_groups, n_groups]: a group is a column
-    groups = _best(columns.amax(dim=-2), k)
+    groups = _best_of_few(columns.amax(dim=-2), k)
     kept = columns.gather(-1, groups.unsqueeze(-2).expand(*columns.shape[:-1], k))  # [..., n / n_groups, k]
     chosen = _best(kept.flatten(-2), k)
     return torch.div(chosen, k, rounding_mode="floor") * n_groups + groups.gather(-1, chosen % k)
+
+
+def _best_of_few(scores: Tensor, k: int) -> Tensor:
+    """:func:`_best` by sorting, which NumPy does to short rows with vector instructions.
+
+    A float64 has 29 bits more than a finite float32 needs. Those get the place: sorting numbers that carry it takes
+    half the time of sorting places by numbers.
+    """
+    if scores.dtype is not torch.float32:
+        return torch.from_numpy(np.argsort(scores.numpy(), axis=-1)[..., : -k - 1 : -1].copy())
+    carriers = scores.double()
+    bits = carriers.view(torch.int64)
+    bits |= torch.arange(scores.shape[-1])
+    carriers.numpy().sort(axis=-1)
+    return (bits[..., -k:] & (2**29 - 1)).flip(-1)
 
 
 @cache
