@@ -140,8 +140,8 @@ def open_tokens(data: DataConfig, root: Path, fingerprint: str | None = None) ->
     if fingerprint not in (None, key):
         raise HRSError(
             f"corpus {data.corpus} is no longer the text of tokens {fingerprint} (the text, or the code that cuts it, "
-            f"has changed), and these tokens are missing or damaged in {root}: restore one of the two, or name the "
-            "text to use instead with --corpus"
+            f"has changed), and these tokens are missing or damaged in {root}: restore one of the two (`hrs evaluate "
+            "--corpus` scores other text)"
         )
     return _opened_or_built(corpus, data.tokenizer, root / key, data.deduplicate)
 
@@ -159,6 +159,8 @@ def open_tokens_in(tokenizer: Tokenizer, corpus: str, root: Path) -> TokenStore:
 
 def stored_tokens(root: Path, fingerprint: str) -> TokenStore | None:
     """The store of that fingerprint below ``root``; None if it is not there, or damaged, which is logged."""
+    if Path(fingerprint).name != fingerprint:  # an artifact of a stranger names it
+        return None
     return _open(root / fingerprint)
 
 

@@ -88,7 +88,7 @@ def open_text(opened: OpenedModel, tokens: Path, corpus: str | None = None) -> T
     if store.tokenizer.to_str() != opened.tokenizer.to_str():
         raise HRSError(
             f"{data.tokenizer} of corpus {data.corpus} is another tokenizer than this model's, which reads only the "
-            "ids that it learned: name the text with --corpus to read it with the model's own tokenizer"
+            "ids that it learned: `hrs evaluate --corpus` reads text with the model's own tokenizer"
         )
     return store
 

@@ -13,7 +13,7 @@ import pytest
 
 import hrs.files
 from hrs.config import DataConfig
-from hrs.data import TokenStore, absolute_corpus, data_fingerprint, load_corpus, open_tokens, split_of
+from hrs.data import TokenStore, absolute_corpus, data_fingerprint, load_corpus, open_tokens, split_of, stored_tokens
 from hrs.errors import HRSError
 
 WORDS = ["the", "of", "river", "house", "mountain", "walks", "under", "blue", "日本", "café", "😀", "<|endoftext|>"]
@@ -211,6 +211,7 @@ def test_planned_tokens_are_opened_without_their_corpus_and_never_exchanged(tmp_
     built = open_tokens(data, tmp_path / "tokens")
     write_corpus(tmp_path / "corpus.jsonl", n_documents=70)
     assert open_tokens(data, tmp_path / "tokens", built.fingerprint).fingerprint == built.fingerprint
+    assert stored_tokens(tmp_path / "tokens", f"../tokens/{built.fingerprint}") is None, "a name, not a path"
     with pytest.raises(HRSError, match=f"no longer the text of tokens {built.fingerprint}"):
         open_tokens(data, tmp_path / "elsewhere", built.fingerprint)
     (tmp_path / "corpus.jsonl").unlink()
