@@ -1,6 +1,7 @@
 """Byte-level BPE: trained on a corpus (``bpe:N``), or exactly that of GPT-2 (``gpt2``)."""
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,41 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return _prepare(Tokenizer.from_file(str(path)))
     except Exception as error:  # the binding raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+
+def adopt_tokenizer(folder: Path) -> Tokenizer:
+    """The byte-level tokenizer that a folder of the transformers library holds.
+
+    Its token for the end of a text is spelled as ours from then on; its id stays.
+
+    Raises:
+        HRSError: if there is none, or its tokens do not spell bytes.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        text, end = theirs.backend_tokenizer.to_str(), theirs.eos_token
+    except Exception as error:  # of whatever reads the many formats there are
+        cause = " ".join(str(error).split())[:200]
+        raise HRSError(f"the tokenizer in {folder} cannot be opened ({cause}): is the folder complete?") from error
+    values = json.loads(text)
+    if '"ByteLevel"' not in json.dumps(values["decoder"]):
+        raise HRSError(
+            f"the tokenizer in {folder} does not spell bytes, so bits per byte cannot be counted: only byte-level ones "
+            "are supported"
+        )
+    known = {token["content"] for token in values["added_tokens"]}
+    if END_OF_TEXT not in known:
+        if end not in known:
+            raise HRSError(f"the tokenizer in {folder} has no token for the end of a text, which separates documents")
+        for token in values["added_tokens"]:
+            token["content"] = END_OF_TEXT if token["content"] == end else token["content"]
+        vocabulary = values["model"]["vocab"]
+        if end in vocabulary:
+            vocabulary[END_OF_TEXT] = vocabulary.pop(end)
+    values["post_processor"] = None  # tokens before and after a text are the store's business
+    return _prepare(Tokenizer.from_str(json.dumps(values)))
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int32]:

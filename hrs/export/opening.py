@@ -1,22 +1,25 @@
-"""Models from wherever they lie (a run's directory, one of its checkpoints, an artifact), and the text that is theirs.
+"""Models from wherever they lie (a run, one of its checkpoints, an artifact, a folder of the transformers library), and
+the text that is theirs.
 
 A model reads only the ids that it learned: its tokenizer is the run's own or the artifact's, and its tokens are those
 that it was trained on, whatever became of the corpus. Every command opens models and text here.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from hrs.config import ExperimentConfig
 from hrs.data import TokenStore, open_tokens, open_tokens_in, stored_tokens
-from hrs.data.tokenization import build_tokenizer
+from hrs.data.tokenization import adopt_tokenizer, build_tokenizer
 from hrs.errors import HRSError
 from hrs.evaluation import AuditReport
 from hrs.export.artifact import load_artifact
 from hrs.models import LanguageModel
+from hrs.models.pretrained import PretrainedModel, is_pretrained, load_pretrained
+from hrs.presets import experiment
 from hrs.training import TrainedModel, load_model, load_trained
 
 _log = logging.getLogger(__name__)
@@ -45,7 +48,20 @@ def load(path: Path) -> tuple[LanguageModel, ExperimentConfig]:
     if Path(path).is_file():
         artifact = load_artifact(Path(path))
         return artifact.model, artifact.config
+    if is_pretrained(path):
+        model = load_pretrained(path)
+        return model, _described(model, path)
     return load_model(Path(path))
+
+
+def _described(model: PretrainedModel, folder: Path) -> ExperimentConfig:
+    """A config that tells the sizes of a model that was trained elsewhere; no model is built from it."""
+    base = experiment("dense_baseline", "micro")
+    sizes = replace(
+        base.model, vocab_size=model.vocab_size, d_model=model.d_model, n_layers=len(model.blocks), n_heads=1,
+        max_seq_len=model.max_seq_len,
+    )  # fmt: skip
+    return replace(base, preset=folder.absolute().name, scale="pretrained", model=sizes)
 
 
 def open_model(path: Path, tokens: Path) -> OpenedModel:
@@ -59,6 +75,9 @@ def open_model(path: Path, tokens: Path) -> OpenedModel:
         artifact = load_artifact(path)
         data, causal = artifact.header["data"]["fingerprint"], artifact.header["source"]["causal"]
         return OpenedModel(artifact.model, artifact.config, artifact.tokenizer, causal, data)
+    if is_pretrained(path):
+        model, config = load(path)
+        return OpenedModel(model, config, adopt_tokenizer(path), causal=None)
     trained = load_trained(path)
     tokenizer = trained.tokenizer or _tokenizer_of_tokens(trained, tokens)
     return OpenedModel(trained.model, trained.config, tokenizer, verdict(path), trained.data_fingerprint)
@@ -83,6 +102,8 @@ def open_text(opened: OpenedModel, tokens: Path, corpus: str | None = None) -> T
     """
     if corpus is not None:
         return open_tokens_in(opened.tokenizer, corpus, tokens)
+    if isinstance(opened.model, PretrainedModel):
+        raise HRSError(f"{opened.config.preset} was trained elsewhere, on unknown text: name the text with --corpus")
     data = opened.config.data
     store = open_tokens(data, tokens, opened.data_fingerprint or None)
     if store.tokenizer.to_str() != opened.tokenizer.to_str():

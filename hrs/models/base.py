@@ -159,6 +159,8 @@ class LanguageModel(nn.Module, ABC):
     """Vectors of memory that its training gives each window; it reads any number."""
     summarises: bool = False
     """Whether it reads summaries of its own text, for which :meth:`reading_others` can put in another text's."""
+    computes_in: torch.dtype | None = None
+    """Coarsest type in which it computes something whatever the type of its weights; None if it follows the weights."""
     batches_ragged: bool = False
     """Whether it decodes sequences of different lengths side by side: whether it has :meth:`new_slots`."""
     blocks: nn.ModuleList
