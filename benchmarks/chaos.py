@@ -28,11 +28,14 @@ from sqlalchemy import select
 
 from hrs.queue import Outcome, Queue, Resources, RunSpec, StageSpec, State, StudySpec, open_queue
 from hrs.queue.attempts import Preempted, StageContext, read_result
+from hrs.queue.database import Database, queue_url
 from hrs.queue.dispatcher import Dispatcher
 from hrs.queue.executors import ProcessExecutor
 from hrs.queue.schema import attempts, stages
 
 LEASE_SECONDS = 2.0
+MOST_LOST = 1000
+"""Attempts are killed far more often here than they get further."""
 
 
 # ---- the work --------------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ def _stage(key: str, inputs: list[str], seed: int, seconds: float) -> StageSpec:
 
 def dispatch(root: Path) -> None:
     """Work on the queue below ``root`` until all its stages are finished or can never be."""
-    queue = open_queue(root)
+    queue = Queue(Database(queue_url(root)), most_lost=MOST_LOST)
     executor = ProcessExecutor(queue, root, cpus=2, lease_seconds=LEASE_SECONDS, grace_seconds=5)
     Dispatcher(queue, executor, root, lease_seconds=LEASE_SECONDS).run(lambda: _settled(queue), poll_seconds=0.05)
 

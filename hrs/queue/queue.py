@@ -73,11 +73,15 @@ class Queue:
     Args:
         database: with its tables.
         clock: seconds since the epoch; for ages, back-off and what people read, never to judge who is alive.
+        most_lost: see :data:`MOST_LOST`.
     """
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, database: Database, clock: Callable[[], float] = time.time, *, most_lost: int = MOST_LOST
+    ) -> None:
         self.database = database
         self.now = clock
+        self._most_lost = most_lost
 
     # ---- submitting --------------------------------------------------------------------------------------------------
 
@@ -283,7 +287,7 @@ class Queue:
             progress = connection.execute(
                 select(attempts.c.progress).where(attempts.c.id == claim.attempt)
             ).scalar_one()
-            target, also = _after(row, outcome, resources, now, _step(progress))
+            target, also = _after(row, outcome, resources, now, _step(progress), self._most_lost)
             change(connection, claim.stage.key, [State.RUNNING], target, now, message, **also)
         return target
 
@@ -507,7 +511,7 @@ def open_queue(root: Path) -> Queue:
 
 
 def _after(
-    row: Row[Any], outcome: Outcome, resources: Resources | None, now: float, step: float
+    row: Row[Any], outcome: Outcome, resources: Resources | None, now: float, step: float, most_lost: int
 ) -> tuple[State, dict[str, Any]]:
     """Return the state of a stage after an attempt that reached ``step``, and further columns to set."""
     resting = resting_state(row.n_missing, Wanted(row.wanted))
@@ -516,9 +520,9 @@ def _after(
     if outcome is Outcome.LOST:
         n_lost = 1 if step > row.reached else row.n_lost + 1
         also = {"n_lost": n_lost, "reached": max(step, row.reached)}
-        if n_lost > MOST_LOST and resting in RESTING:
+        if n_lost > most_lost and resting in RESTING:
             return State.FAILED, also
-        return resting, also | {"not_before": now + FIRST_BACK_OFF_SECONDS * 2 ** (n_lost - 1)}
+        return resting, also | {"not_before": now + FIRST_BACK_OFF_SECONDS * 2 ** min(n_lost - 1, 5)}
     if outcome is Outcome.TOO_LARGE:
         if resources is None:
             return State.INFEASIBLE, {}
