@@ -350,6 +350,12 @@ def serve(
         list[str] | None,
         typer.Option("--allow-host", metavar="NAME", help="Another name it is asked under, such as that of a proxy."),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin", metavar="ORIGIN", help="Let pages of another site ask, such as http://localhost:3000."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default its preset.")] = None,
     slots: Annotated[int, typer.Option(help="Texts a replica continues at the same time.")] = 8,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait for a slot of a replica.")] = 64,
@@ -382,6 +388,7 @@ def serve(
         "api_key_file": api_key_file and str(api_key_file.absolute()),
         "grace_seconds": grace,
         "allowed_hosts": allow_host or [],
+        "allowed_origins": allow_origin or [],
     }
     serve_model(parse_settings(values), host, port, allow_anonymous=allow_anonymous)
 

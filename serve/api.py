@@ -16,6 +16,7 @@ from serve.docs_page import docs_routes
 from serve.errors import ApiError, install_handlers
 from serve.memory_routes import memory_routes
 from serve.middleware import Gatekeeper
+from serve.origins import Origins
 from serve.settings import read_api_keys
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -45,6 +46,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         404: "There is no such model, memory or topic",
         408: "The body did not come in time",
         413: "The body is too large",
+        415: "The body is not declared as JSON, or is compressed",
         422: "A limit of this endpoint is exceeded",
         429: "The queue is full; see Retry-After",
         500: "The server failed, or the process of the model ended before it answered",
@@ -64,6 +66,7 @@ def make_api(backend: Backend) -> FastAPI:
     key = [Security(HTTPBearer(auto_error=False))] if keys else []
     api = FastAPI(title="hrs", version="1", responses=_REFUSALS, docs_url=None, redoc_url=None, dependencies=key)
     api.add_middleware(Gatekeeper, backend=backend, keys=Keys(keys))
+    api.add_middleware(Origins, origins=backend.settings.allowed_origins)  # outside: its question comes without a key
     install_handlers(api)
     api.include_router(completion_routes(backend))
     api.include_router(memory_routes(backend))

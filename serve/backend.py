@@ -118,7 +118,7 @@ class Backend(Protocol):
     async def list_memories(
         self, space: str, *, topic: str | None, source: str | None, limit: int, offset: int
     ) -> tuple[list[dict[str, Any]], int]:
-        """Memories, and how many there are in all."""
+        """A page of the memories of a topic and a source, and how many of these there are in all."""
 
     async def get_memory(self, space: str, number: str) -> dict[str, Any] | None: ...
 

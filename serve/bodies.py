@@ -1,6 +1,8 @@
 """Bodies of requests, read as a whole and within limits of size and time."""
 
 import asyncio
+import re
+from email.message import Message as Headers
 
 from starlette.types import Message, Receive, Scope
 
@@ -8,6 +10,7 @@ from serve.errors import ApiError
 
 _HELD_BODIES = 128
 """Largest bodies that may be held at once while they are read."""
+_JSON = re.compile(r"json|.*\+json")
 
 
 class Bodies:
@@ -68,6 +71,44 @@ class Bodies:
         return ApiError(
             413, f"the body is larger than the {self._most} bytes this endpoint takes", code="body_too_large"
         )
+
+
+def require_json(scope: Scope) -> None:
+    """Check that the body of a request is declared as JSON that is not compressed.
+
+    A page of another site may send a body of another type without asking first, so JSON has to be declared.
+
+    Raises:
+        ApiError: 415 if it is not.
+    """
+    headers = dict(scope["headers"])
+    if scope["method"] not in ("POST", "PUT", "PATCH") or not _has_body(headers):
+        return
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding != b"identity":
+        sentence = f"the body is compressed ('{_shown(encoding)}'), which is not read here: send it as it is"
+        raise ApiError(415, sentence, code="unsupported_media_type")
+    kind = Headers()
+    kind["content-type"] = _shown(headers.get(b"content-type", b""))
+    if b"content-type" not in headers:
+        sentence = "the request does not say what its body is: send 'Content-Type: application/json'"
+        raise ApiError(415, sentence, code="unsupported_media_type")
+    if kind.get_content_maintype() != "application" or not _JSON.fullmatch(kind.get_content_subtype()):
+        sentence = f"a body of type '{kind['content-type']}' is not read here"
+        raise ApiError(
+            415, f"{sentence}: send JSON, with 'Content-Type: application/json'", code="unsupported_media_type"
+        )
+    if (charset := str(kind.get_param("charset", "utf-8")).lower()) not in ("utf-8", "utf8", "us-ascii"):
+        sentence = f"a body in '{charset}' is not read here: send JSON in UTF-8"
+        raise ApiError(415, sentence, code="unsupported_media_type")
+
+
+def _has_body(headers: dict[bytes, bytes]) -> bool:
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip() != b"0"
+
+
+def _shown(value: bytes) -> str:
+    return value.decode("latin-1")[:100]
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

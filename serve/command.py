@@ -89,7 +89,9 @@ def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bo
             bodies=Bodies(settings.max_body_bytes, settings.body_seconds),
             metrics=metrics,
             most_texts=most_texts(settings),
+            origins=settings.allowed_origins,
         )
+        settings = settings.model_copy(update={"allowed_origins": []})  # the front answers browsers
         stop_publishing = keep_published(metrics, folder / "replicas")
         try:
             _serve(settings, bound, host_and_port(host, port), causal, front, n_gpus=len(placement.gpus))

@@ -95,6 +95,8 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed to answer this request", code="internal_error")
 
 
+_NO_OBJECT = ("missing", "model_attributes_type", "model_type", "dict_type")
+"""What pydantic calls a body that is empty, or JSON of another kind."""
 _MOST_MISTAKES = 10
 """Mistakes of one body that are named: a client may send a thousand."""
 
@@ -131,6 +133,8 @@ class _Mistake:
     def sentence(self) -> str:
         if self.kind == "extra_forbidden":
             return f"unknown parameter '{self.path()}'"
+        if not self.field and self.kind in _NO_OBJECT:
+            return "the body must be a JSON object: send one with 'Content-Type: application/json'"
         return f"{self.path()}: {self.message}" if self.field else self.message
 
 
@@ -145,17 +149,27 @@ def _likeliest(mistakes: Sequence[_Mistake]) -> list[_Mistake]:
     """The mistakes without those of types that were not meant.
 
     A field of several types fails by each of them. Meant was the one that was read farthest, then the one with the
-    fewest mistakes, then the first.
+    fewest values of another type, then the one with the fewest mistakes, then the first.
     """
     by_field: dict[tuple[int | str, ...], dict[str | None, list[_Mistake]]] = {}
     for mistake in mistakes:
         depth, name = mistake.alternative or (len(mistake.field), None)
         by_field.setdefault(mistake.field[:depth], {}).setdefault(name, []).append(mistake)
 
-    def progress(failed: list[_Mistake]) -> tuple[int, int]:
-        return max(len(mistake.field) for mistake in failed), -len(failed)
+    def progress(failed: list[_Mistake]) -> tuple[int, int, int]:
+        of_type = sum(mistake.kind.endswith("_type") for mistake in failed)
+        return max(len(mistake.field) for mistake in failed), -of_type, -len(failed)
 
     return [mistake for alternatives in by_field.values() for mistake in max(alternatives.values(), key=progress)]
+
+
+def _unreadable(cause: BaseException | None) -> ApiError:
+    """Return what a client is told whose body the parser of JSON could not read, and did not call malformed."""
+    if isinstance(cause, UnicodeDecodeError):
+        return bad_request(f"the body is not UTF-8 at byte {cause.start}: encode it so")
+    if isinstance(cause, RecursionError):
+        return bad_request("the body is nested too deeply: send what the API's description at /docs shows")
+    return bad_request("the body is not JSON that can be read: does it have a number of thousands of digits?")
 
 
 def install_handlers(api: FastAPI) -> None:
@@ -181,6 +195,8 @@ def install_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:
+            return _unreadable(error.__cause__).response()
         sentence = {
             404: f"there is no {request.method} {request.url.path}",
             405: f"{request.url.path} does not take {request.method}",

@@ -9,6 +9,7 @@ from typing import Any
 
 from hrs.generation import FinishReason
 from serve.backend import ModelCard, Piece, Scores
+from serve.offsets import Offsets
 
 _LEAST_LOG_PROB = -9999.0
 """Stands for minus infinity, which JSON does not have; the value OpenAI uses."""
@@ -44,7 +45,7 @@ class Choice:
     """Where its prompt was sorted."""
     skip_space: bool = False
     """Leave out white space at the start of the text."""
-    offset: int = 0
+    offsets: Offsets = field(default_factory=Offsets)
     pieces: list[Piece] = field(default_factory=list)
     n_characters: int = 0
 
@@ -126,20 +127,15 @@ class CompletionFormat:
             None if row is None else self._alternatives(choice, row.items(), token, row[token])
             for token, row in zip(choice.prompt_ids, choice.scores.best, strict=True)
         ]
-        offsets = []
-        for token in choice.prompt_ids:
-            offsets.append(choice.offset)
-            choice.offset += len(choice.of_token(token).decode(errors="ignore"))
+        offsets = [choice.offsets.push(choice.of_token(token)) for token in choice.prompt_ids]
+        choice.offsets.end()
         values = [None if lp is None else log_prob(lp) for lp in choice.scores.log_probs]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
     def _table(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, list[Any]]:
         tokens = [token_text(choice.of_token(piece.token.id)) for piece in pieces]
         values = [log_prob(piece.token.log_prob) for piece in pieces]
-        offsets = []
-        for piece in pieces:
-            offsets.append(choice.offset)
-            choice.offset += len(choice.of_token(piece.token.id).decode(errors="ignore"))
+        offsets = [choice.offsets.push(choice.of_token(piece.token.id)) for piece in pieces]
         told = [piece.token for piece in pieces]
         best = [self._alternatives(choice, token.best, token.id, token.log_prob) for token in told]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}

@@ -7,7 +7,7 @@ is asked under, the key, whether the endpoint stops or has no replica, whether t
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -16,6 +16,7 @@ from serve.access import OPEN_TO_ALL, Hosts, Keys
 from serve.bodies import Bodies
 from serve.errors import ApiError, as_api_error
 from serve.metrics import Metrics
+from serve.origins import Origins
 from serve.settings import MOST_OTHERS
 
 Forward = Callable[[Scope, bytes], AsyncGenerator[list[Message], None]]
@@ -36,6 +37,7 @@ class Front:
     Args:
         most_texts: requests of one replica that may generate or wait for it at once.
         most_others: requests of one replica of each other kind at once.
+        origins: of pages that browsers may let ask, see :class:`serve.origins.Origins`.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Front:
         metrics: Metrics,
         most_texts: int,
         most_others: int = MOST_OTHERS,
+        origins: Sequence[str] = (),
     ) -> None:
+        self._app = Origins(self._answer, list(origins))
         self._forward, self._keys, self._hosts, self._bodies = forward, keys, hosts, bodies
         self._metrics = metrics
         self._most_texts, self._most_others = most_texts, most_others
@@ -96,8 +100,10 @@ class Front:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
+        if scope["type"] == "http":
+            await self._app(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check(scope)
             if self._stopping and scope["path"] == _HEALTH:

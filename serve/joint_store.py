@@ -34,10 +34,14 @@ class JointStore:
         found = self._common.list(topic=topic, source=source, limit=limit, offset=offset)
         if len(found) == limit:
             return found
-        n_before = len(self._common.list(topic=topic, source=source)) if offset else len(found)
+        n_before = self._common.count(topic=topic, source=source) if offset else len(found)
         return found + self._own.list(
             topic=topic, source=source, limit=limit - len(found), offset=max(offset - n_before, 0)
         )
+
+    def count(self, *, topic: str | None, source: str | None) -> int:
+        """Return the number of memories of a topic and a source in both."""
+        return sum(store.count(topic=topic, source=source) for store in (self._common, self._own))
 
     def search(self, queries: ArrayLike, k: int, **conditions: Any) -> Hits:
         """Return the k nearest of both for each query, best first."""

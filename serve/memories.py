@@ -23,10 +23,11 @@ class Memories:
 
     Args:
         end_id: of the token that ends a text.
+        budget: tokens of a topic context that the model reads.
     """
 
-    def __init__(self, store: EngramStore | JointStore, topics: SharedTopics, end_id: int) -> None:
-        self.store, self._topics, self._end_id = store, topics, end_id
+    def __init__(self, store: EngramStore | JointStore, topics: SharedTopics, end_id: int, budget: int) -> None:
+        self.store, self._topics, self._end_id, self._budget = store, topics, end_id, budget
 
     # ---- memories ----------------------------------------------------------------------------------------------------
 
@@ -41,10 +42,10 @@ class Memories:
         return [as_document(memory) for memory in added]
 
     def page(self, topic: str | None, source: str | None, limit: int, offset: int) -> tuple[list[dict[str, Any]], int]:
-        """Memories, and how many there are in all."""
+        """A page of the memories of a topic and a source, and how many of these there are in all."""
         with storing():
             found = self.store.list(topic=topic, source=source, limit=limit, offset=offset)
-            return [as_document(memory) for memory in found], len(self.store)
+            return [as_document(memory) for memory in found], self.store.count(topic=topic, source=source)
 
     def get(self, id: str) -> dict[str, Any] | None:
         with storing():
@@ -94,7 +95,7 @@ class Memories:
         """What stands before a prompt, and its topic, which it belongs to from now on."""
 
         def how(topics: TopicContexts) -> tuple[list[int], Assignment, TopicInfo]:
-            context = topics.context(engram=reading.engram)
+            context = topics.context(engram=reading.engram, budget=self._budget)
             assignment = topics.assign(reading.engram, [*reading.ids, self._end_id], text)
             return context, assignment, topics.get(assignment.topic_id)
 

@@ -1,6 +1,7 @@
 """``/v1/embeddings``, ``/v1/memories`` and ``/v1/topics``."""
 
 import base64
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -28,8 +29,8 @@ def memory_routes(backend: Backend) -> APIRouter:
         if body.dimensions not in (None, backend.card.width):
             sentence = f"dimensions can only be the model's width of {backend.card.width}: leave it out"
             raise bad_request(sentence, "dimensions")
+        _require_few(body.input, backend.settings.max_embedding_texts)
         segments = await prompts_of(backend, body.input, "input", backend.card.context)
-        _require_few(backend, len(segments), "input")
         vectors = await while_connected(request, backend.embed(segments))
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         units = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -51,7 +52,7 @@ def memory_routes(backend: Backend) -> APIRouter:
     async def remember(body: MemoryRequest, request: Request) -> dict[str, Any]:
         """Remember texts. They are on the disk when this answers."""
         texts = [body.input] if isinstance(body.input, str) else body.input
-        _require_few(backend, len(texts), "input")
+        _require_few(texts, backend.settings.max_memory_texts)
         if any(not text.strip() for text in texts):
             raise bad_request("an empty text cannot be remembered: leave it out", "input")
         await prompts_of(backend, texts, "input", backend.card.context)
@@ -67,11 +68,11 @@ def memory_routes(backend: Backend) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
     ) -> dict[str, Any]:
-        """What is remembered, in the order it came."""
+        """What is remembered, in the order it came. ``total`` counts all of the topic and source that are asked for."""
         found, total = await backend.list_memories(
             request.state.space, topic=topic, source=source, limit=limit, offset=offset
         )
-        return {"object": "list", "data": found, "total": total, "has_more": len(found) == limit}
+        return {"object": "list", "data": found, "total": total, "has_more": offset + len(found) < total}
 
     @routes.post("/memories/search", tags=["memories"])
     async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
@@ -114,9 +115,11 @@ def _encoded(vector: np.ndarray[Any, np.dtype[np.float32]], encoding: str) -> li
     return vector.tolist()
 
 
-def _require_few(backend: Backend, n: int, field: str) -> None:
-    if n > (most := backend.settings.max_memory_texts):
-        raise ApiError(422, f"{n} texts at once are more than {most}: send them in parts", param=field)
+def _require_few(given: str | Sequence[object], most: int) -> None:
+    if isinstance(given, str) or isinstance(given[0], int):
+        return  # one text, or the ids of one
+    if len(given) > most:
+        raise ApiError(422, f"{len(given)} texts at once are more than {most}: send them in parts", param="input")
 
 
 def _no_such(kind: str, id: str) -> ApiError:

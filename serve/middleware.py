@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.access import Keys
 from serve.backend import Backend
-from serve.bodies import Bodies, replay
+from serve.bodies import Bodies, replay, require_json
 from serve.errors import ApiError
 
 
@@ -24,6 +24,8 @@ class Gatekeeper:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # what GET answers, without the body
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
         metrics, began, status = self._backend.metrics, time.perf_counter(), 0
 
         async def counted(message: Message) -> None:
@@ -49,6 +51,7 @@ class Gatekeeper:
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             scope.setdefault("state", {})["space"] = self._keys.check(scope)
+            require_json(scope)
             self._bodies.check(scope)
             body = await self._bodies.read(receive)
         except ApiError as refusal:
@@ -56,3 +59,10 @@ class Gatekeeper:
             return
         if body is not None:
             await self._app(scope, replay(body, receive), send)
+
+
+def _without_body(send: Send) -> Send:
+    async def head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return head

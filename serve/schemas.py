@@ -23,17 +23,24 @@ Text = Annotated[str, AfterValidator(_unicode)]
 Ids = Annotated[list[Annotated[StrictInt, Field(ge=0, le=_UINT)]], Field(min_length=1)]
 
 
-class Body(BaseModel):
-    """Unknown fields are refused, and nothing is converted: "5" is not 5."""
+def _nullable(schema: dict[str, Any]) -> None:
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+class Body(BaseModel):
+    """Unknown fields are refused, and nothing is converted: "5" is not 5. null is a field's default, if it has one: so
+    OpenAI's API has it, and some clients send it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_nullable)
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Parameters of OpenAI's that are not supported, with the values besides null that ask for nothing."""
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral(cls, values: Any) -> Any:
+    def _drop_what_asks_for_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         wanted = [
@@ -43,7 +50,12 @@ class Body(BaseModel):
         ]
         if wanted:
             raise ValueError(f"this server does not support {', '.join(map(repr, wanted))}: leave out what it lacks")
-        return {name: value for name, value in values.items() if name not in cls.neutral}
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in cls.neutral and not (value is None and name in optional)
+        }
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -112,22 +124,12 @@ class Sampled(Body):
     """Accepted, and not used."""
     hrs: HrsOptions = Field(default_factory=lambda: HrsOptions.model_validate({}))
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, values: Any) -> Any:
-        # OpenAI's API lets a client send null for "the default", and some do.
-        if not isinstance(values, dict):
-            return values
-        return {k: v for k, v in values.items() if v is not None or k not in _HAVE_DEFAULTS}
-
     @model_validator(mode="after")
     def _usage_is_of_streams(self) -> "Sampled":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream=true only: leave it out")
         return self
 
-
-_HAVE_DEFAULTS = {"n", "temperature", "top_p", "stream", "hrs", "echo", "logprobs", "best_of"}
 
 _NEITHER = {
     "presence_penalty": (0,),

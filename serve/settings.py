@@ -3,10 +3,11 @@
 import os
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hrs.errors import HRSError
 from hrs.files import absolute_path
+from serve.origins import require_origins
 
 MOST_OTHERS = 64
 """Requests of a replica at once that need no slot, of each kind."""
@@ -43,7 +44,9 @@ class Settings(BaseModel):
     default_chat_tokens: int = Field(256, ge=1)
     """Length of a chat reply whose request names none."""
     max_memory_texts: int = Field(64, ge=1)
-    """Texts of one request to embed or to remember."""
+    """Texts of one request to remember."""
+    max_embedding_texts: int = Field(2048, ge=1)
+    """Texts of one request to embed; OpenAI's limit."""
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
@@ -64,6 +67,9 @@ class Settings(BaseModel):
     allowed_hosts: list[str] = Field(default_factory=list)
     """Names besides its own under which an endpoint on the loopback interface is asked, such as that of a proxy."""
 
+    allowed_origins: list[str] = Field(default_factory=list)
+    """Origins of pages of other sites that a browser may let ask, such as ``http://localhost:3000``; ``*`` for all."""
+
     memories: str | None = None
     """Folder of an engram store, such as one that jobs/populate_store.py filled. The model's own below the storage root
     if not given."""
@@ -77,6 +83,8 @@ class Settings(BaseModel):
     retrieval_threshold_bits: float | None = Field(None, ge=0)
     """Rolling entropy above which memories are looked up. If not given it is calibrated on the model's own validation
     split where that is at hand; otherwise a request has to bring its own."""
+
+    _origins = field_validator("allowed_origins")(require_origins)
 
     @model_validator(mode="after")
     def _replicas(self) -> "Settings":

@@ -1,7 +1,8 @@
 """Topics in a file that several replicas read and change."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ class SharedTopics:
         self._threads = threading.RLock()
         self._max_topics = max_topics
         self._topics = TopicContexts(width)
+        self._width = width
         self._state: tuple[int, int, int] | None = None
 
     def read(self) -> list[TopicInfo]:
@@ -38,7 +40,7 @@ class SharedTopics:
 
     def change(self, how: Callable[[TopicContexts], T]) -> T:
         """Apply ``how``, alone among all replicas and threads. If it raises, nothing has changed."""
-        with self._threads, self._lock:
+        with self._threads, self._locked():
             topics = self._current()
             self._topics, self._state = TopicContexts(topics.width), None  # what ``how`` leaves half done is not kept
             result = how(topics)
@@ -51,6 +53,15 @@ class SharedTopics:
                 sync(self._path.parent)
             return result
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with storing():
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _current(self) -> TopicContexts:
         with storing():
             try:
@@ -61,10 +72,16 @@ class SharedTopics:
             state = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
             if state != self._state:
                 try:
-                    self._topics = TopicContexts.from_json(self._path.read_text(encoding="utf-8"))
+                    self._topics = self._parsed(self._path.read_text(encoding="utf-8"))
                 except (HRSError, ValueError) as error:
                     raise HRSError(
                         f"topics {self._path} cannot be read ({error}): put back a copy, or delete them"
                     ) from error
                 self._state = state
             return self._topics
+
+    def _parsed(self, text: str) -> TopicContexts:
+        topics = TopicContexts.from_json(text)
+        if topics.width != self._width:
+            raise HRSError(f"they are of width {topics.width} and the model has {self._width}")
+        return topics

@@ -20,6 +20,11 @@ EVERYBODY = ""
 """The name of the space of an endpoint without keys."""
 
 
+_TOPIC_TOKENS = 384
+"""Of the earlier prompts of topics that a prompt is read after; never more than half of the model's context, which is
+what a :class:`hrs.retrieval.retriever.Retriever` puts before a text."""
+
+
 class Spaces:
     """Memories and topics by space, each opened when it is first asked for.
 
@@ -34,6 +39,7 @@ class Spaces:
         self._folder, self._settings = folder, settings
         self._fingerprint, self._width = model_fingerprint(model), model.d_model
         self._end_id = end_of_text_id(tokenizer)
+        self._context_tokens = min(_TOPIC_TOKENS, max(model.max_seq_len // 2, 1))
         self._opened: dict[str, Memories] = {}
         self._common: EngramStore | None = None
         self._lock = threading.Lock()
@@ -54,14 +60,14 @@ class Spaces:
         given = None if self._settings.memories is None else absolute_path(self._settings.memories)
         if space == EVERYBODY:
             folder, store = self._folder, self._store(given or self._folder / "store")
-            return Memories(store, self._topics(folder), self._end_id)
+            return Memories(store, self._topics(folder), self._end_id, self._context_tokens)
         folder = self._folder / "keys" / space
         own = self._store(folder / "store")
         if given is None:
-            return Memories(own, self._topics(folder), self._end_id)
+            return Memories(own, self._topics(folder), self._end_id, self._context_tokens)
         if self._common is None:
             self._common = self._store(given)
-        return Memories(JointStore(own, self._common), self._topics(folder), self._end_id)
+        return Memories(JointStore(own, self._common), self._topics(folder), self._end_id, self._context_tokens)
 
     def _store(self, path: Path) -> EngramStore:
         return EngramStore.open(

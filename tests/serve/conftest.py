@@ -71,6 +71,7 @@ def serving(backend: LocalBackend, limits: Limits | None = None) -> Iterator[End
         bodies=Bodies(settings.max_body_bytes, settings.body_seconds),
         metrics=Metrics("front"),
         most_texts=most_texts(settings),
+        origins=settings.allowed_origins,
     )
     bound, loop, up = bind("127.0.0.1", 0), uvloop.new_event_loop(), threading.Event()
     run = run_endpoint(

@@ -74,7 +74,7 @@ def test_base64_is_little_endian_float32(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "status"),
-    [({"dimensions": 3}, 400), ({"input": []}, 400), ({"input": "wave " * 100}, 422), ({"input": ["x"] * 65}, 422),
+    [({"dimensions": 3}, 400), ({"input": []}, 400), ({"input": "wave " * 100}, 422),
      ({"model": "other"}, 404), ({"encoding_format": "int8"}, 400), ({"input": [400]}, 400)],
 )  # fmt: skip
 def test_embeddings_that_are_refused(http: httpx.Client, changes: dict, status: int) -> None:

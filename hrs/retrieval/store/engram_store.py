@@ -188,6 +188,12 @@ class EngramStore:
             memories += [part.part.memory(int(row), snapshot.tag) for row in rows[skipped:end]]
         return memories
 
+    def count(self, *, topic: str | None = None, source: str | None = None) -> int:
+        """Return how many memories there are, of one topic and of one source if they are given."""
+        snapshot = self._snapshot()
+        chosen = Filter(topics=None if topic is None else [topic], sources=None if source is None else [source])
+        return sum(int(np.count_nonzero(chosen.mask(part, snapshot))) for part in snapshot.parts)
+
     def search(
         self,
         queries: ArrayLike,
