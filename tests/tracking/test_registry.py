@@ -48,6 +48,8 @@ def add_run(tracker: Tracker, storage: Storage) -> AddRun:
             with pa.OSFile(str(folder / "documents.arrow"), "wb") as sink:
                 pa.ipc.new_file(sink, pa.schema([])).close()
             run.log_artifact(checkpoint)
+            (folder / "tokenizer.json").write_text(key)
+            run.log_artifact(folder / "tokenizer.json")
             if causal is not None:
                 (folder / "audit.json").write_text(json.dumps({"causal": causal, "tests": []}))
                 run.log_artifact(folder / "audit.json")
@@ -174,6 +176,7 @@ def test_a_model_is_fetched_once_where_its_run_is_not(add_run: AddRun, storage: 
     assert file.read_bytes() == b"eight bits"
     assert {p.name for p in checkpoint.iterdir()} == {"weights.safetensors", "state.json"}
     assert json.loads((checkpoint.parent.parent / "audit.json").read_text())["causal"] is True
+    assert (checkpoint.parent.parent / "tokenizer.json").is_file()
     for path in (checkpoint, file):
         assert path.is_relative_to(storage.root / "models")
 
