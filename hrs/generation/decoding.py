@@ -17,6 +17,7 @@ from hrs.errors import HRSError
 from hrs.generation.inference import Inference, SlotDecoder
 from hrs.generation.sampling import Sampling, next_tokens
 from hrs.models.base import LanguageModel
+from hrs.nn.eager import without_autograd
 
 FinishReason = Literal["stop", "length", "end_of_text"]
 
@@ -222,7 +223,6 @@ class Generation(Iterator[Step]):
 # ---- one step, whoever keeps the rows --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def sample(
     logits: Tensor,
     uniforms: Tensor,
@@ -244,14 +244,15 @@ def sample(
         The ids [B] on the device; and of each row the id, its log-probability in nats and the entropy in bits of the
         distribution it was drawn from, and the likeliest tokens of that.
     """
-    log_p = logits.log_softmax(dim=-1)
-    if len(ways) == 1:
-        ids = next_tokens(logits, uniforms, ways[0][0], ways[0][2], log_p)
-    else:
-        ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        for way, rows, seen in ways:
-            ids[rows] = next_tokens(logits[rows], uniforms[rows], way, seen, log_p[rows])
-    return ids, describe(ids, logits, n_best, log_p)
+    with without_autograd(logits):
+        log_p = logits.log_softmax(dim=-1)
+        if len(ways) == 1:
+            ids = next_tokens(logits, uniforms, ways[0][0], ways[0][2], log_p)
+        else:
+            ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+            for way, rows, seen in ways:
+                ids[rows] = next_tokens(logits[rows], uniforms[rows], way, seen, log_p[rows])
+        return ids, describe(ids, logits, n_best, log_p)
 
 
 def describe(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hrs.config.checks import require_at_least, require_within
 from hrs.errors import HRSError
+from hrs.nn.eager import on_eager_cpu
 
 _SMALLEST_DIVISOR = 1e-30
 """A temperature above it leaves the largest log-probability, which is above -100, finite."""
@@ -69,6 +70,17 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
 
 
+def best_ids(logits: Tensor, k: int) -> Tensor | None:
+    """Ids [B, k] of the k largest logits of each row, ascending; None if further logits tie with the last of them.
+
+    With them :func:`keep_top_k` and what follows it need no pass over all logits. The host waits for the answer.
+    """
+    values, ids = logits.topk(k + 1, dim=-1)
+    if torch.eq(values[:, k - 1], values[:, k]).any():
+        return None
+    return ids[:, :k].sort(dim=-1).values
+
+
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """-inf outside the nucleus, the smallest set of best tokens whose mass reaches p (Holtzman et al. 2020).
 
@@ -112,20 +124,27 @@ def next_tokens(
         logits: [B, V].
         uniforms: [B] float64 in [0, 1), the chance of each row.
         seen: [B, V] bool, tokens of each row's text so far; needed for a repetition penalty only.
-        log_p: [B, V], log-softmax of ``logits`` where it is known: it needs no shift before it is divided.
+        log_p: [B, V], log-softmax of ``logits`` where it is known.
     """
     if seen is not None and sampling.repetition_penalty != 1:
         logits, log_p = penalise_repetition(logits, seen, sampling.repetition_penalty), None
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    if log_p is not None and sampling.temperature > _SMALLEST_DIVISOR:
-        logits = log_p if sampling.temperature == 1 else log_p / sampling.temperature
-    else:
+    # Log-probabilities need no shift before they are divided.
+    is_shifted = log_p is not None and sampling.temperature > _SMALLEST_DIVISOR
+    logits = log_p if log_p is not None and is_shifted else logits
+    ids = best_ids(logits, sampling.top_k) if 0 < sampling.top_k < logits.shape[-1] and on_eager_cpu(logits) else None
+    if ids is not None:
+        logits = logits.gather(-1, ids)
+    if not is_shifted:
         logits = apply_temperature(logits, sampling.temperature)
-    if sampling.top_k > 0:
+    elif sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    if sampling.top_k > 0 and ids is None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p > 0:
         logits = keep_min_p(logits, sampling.min_p)
-    return draw(logits, uniforms)
+    drawn = draw(logits, uniforms)
+    return drawn if ids is None else ids.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)

@@ -88,7 +88,8 @@ class SlotCache(Cache, ABC):
 
     def __init__(self, table: SlotTable) -> None:
         self.table = table
-        self._staged = False
+        self.staged = False
+        """True between :meth:`stage` and the next step."""
 
     def stage(self, positions: Tensor, end: int | None = None) -> None:
         """Say where the tokens of the next call of :meth:`LanguageModel.decode` stand, for static shapes.
@@ -99,7 +100,7 @@ class SlotCache(Cache, ABC):
             end: positions that attention looks at, more than any length; None for as few as possible.
         """
         self.table.begin(positions, end=end)
-        self._staged = True
+        self.staged = True
 
     def begin(self, n_tokens: int, device: torch.device) -> Tensor:
         """Start a step of ``n_tokens`` rows; returns their positions [n, 1].
@@ -107,13 +108,13 @@ class SlotCache(Cache, ABC):
         Raises:
             ValueError: if there are not as many sequences.
         """
-        if not self._staged:
+        if not self.staged:
             if n_tokens != len(self.lengths):
                 raise ValueError(
                     f"there are {len(self.lengths)} slots in use, so the batch size must not be {n_tokens}"
                 )
             self.table.begin(torch.tensor(self.lengths, device=device).unsqueeze(1))
-        self._staged = False
+        self.staged = False
         return self.table.positions
 
     @property

@@ -14,13 +14,15 @@ from hrs.models.hrs_cache import HRSCache, HRSSlots
 from hrs.nn.attention import Attention
 from hrs.nn.block import Block, BlockCache, BlockStatistics
 from hrs.nn.cache import SlotTable
+from hrs.nn.cpu_step import CpuStep
 from hrs.nn.cross_attention import CrossAttention
 from hrs.nn.dropout import Dropout
+from hrs.nn.eager import on_eager_cpu
 from hrs.nn.engrams import EngramMechanism, build_engrams
 from hrs.nn.feedforward import FeedForward
 from hrs.nn.locality import LocalityHead
 from hrs.nn.objectives import AuxiliaryObjectives
-from hrs.nn.products import linear
+from hrs.nn.products import linear, product
 from hrs.nn.router import Router, routing_losses, routing_statistics
 from hrs.nn.test_time_memory import TestTimeMemory
 
@@ -142,11 +144,16 @@ class HRSModel(LanguageModel):
         if not self.batches_ragged:
             return super().new_slots(n)  # type: ignore[return-value]
         table = SlotTable(n)
+        blocks = [cache.slots(table) for cache in self._block_caches()]
+        plain = self.engram is None and self.test_time_memory is None
+        modules: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        covered = plain and all(CpuStep.covers(block) for block in modules)
         return HRSSlots(
             table,
-            [cache.slots(table) for cache in self._block_caches()],
+            blocks,
             engram=None if self.engram is None else self.engram.new_slots(table),
             test_time=None if self.test_time_memory is None else self.test_time_memory.new_slots(table),
+            cpu_step=CpuStep(modules, blocks, table) if covered else None,
         )
 
     def _block_caches(self) -> list[BlockCache]:
@@ -186,6 +193,10 @@ class HRSModel(LanguageModel):
         """One token [n, 1] for each slot."""
         if max(slots.lengths, default=0) == self.max_seq_len:
             raise ValueError(f"{self.max_seq_len + 1} tokens exceed max_seq_len {self.max_seq_len}")
+        eager = not slots.staged and on_eager_cpu(tokens) and not torch.is_autocast_enabled("cpu")
+        if slots.cpu_step is not None and eager:
+            with torch.inference_mode():
+                return self._cpu_step(tokens, slots, slots.cpu_step)
         output = self._run(tokens, slots, None, slots.memory)
         slots.table.advance()
         hidden = output.hidden.squeeze(1)
@@ -193,6 +204,14 @@ class HRSModel(LanguageModel):
         logits = F.linear(hidden, slots.table.matrix(self.embedding.weight)) if plain else self.unembed(hidden)
         output.logits = logits.unsqueeze(1)
         return output
+
+    def _cpu_step(self, tokens: Tensor, slots: HRSSlots, blocks: CpuStep) -> ModelOutput:
+        """:meth:`_step` of models whose blocks :class:`CpuStep` covers."""
+        x = self._embed(tokens, slots.begin(len(tokens), tokens.device)).squeeze(1)  # [n, d]
+        hidden = self.norm(blocks(x))
+        logits = product(hidden, slots.table.matrix(self.embedding.weight).t())
+        slots.table.advance()
+        return ModelOutput(hidden=hidden.unsqueeze(1), logits=logits.unsqueeze(1))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         # For inference in half precision embeddings are halved and norms are not: the residual stream is of their type.

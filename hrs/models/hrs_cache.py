@@ -11,6 +11,7 @@ from torch import Tensor
 from hrs.models.base import Cache, SlotCache
 from hrs.nn.block import BlockCache, BlockSlots
 from hrs.nn.cache import SlotTable, TailSlots
+from hrs.nn.cpu_step import CpuStep
 from hrs.nn.engrams import WindowSlots
 from hrs.nn.test_time_memory import TestTimeCache, TestTimeSlots
 
@@ -42,15 +43,21 @@ class HRSSlots(SlotCache):
         blocks: of every block.
         engram: of the engrams; None for engrams without a memory.
         test_time: of the memory that learns the text; None without one.
+        cpu_step: the step through the blocks on the CPU; None for models whose blocks it does not cover.
     """
 
     recalled = None
 
     def __init__(
-        self, table: SlotTable, blocks: list[BlockSlots], engram: Any = None, test_time: TestTimeSlots | None = None
+        self,
+        table: SlotTable,
+        blocks: list[BlockSlots],
+        engram: Any = None,
+        test_time: TestTimeSlots | None = None,
+        cpu_step: CpuStep | None = None,
     ) -> None:
         super().__init__(table)
-        self.blocks, self.engram, self.test_time = blocks, engram, test_time
+        self.blocks, self.engram, self.test_time, self.cpu_step = blocks, engram, test_time, cpu_step
         self._memories: list[Tensor | None] = []
 
     @property

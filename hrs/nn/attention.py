@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from hrs.config import ModelConfig
 from hrs.nn.cache import KeyValueCache, KeyValueSlots, SlotTable
 from hrs.nn.cpu_attention import project_and_attend
-from hrs.nn.dropout import Dropout, draws_fast
+from hrs.nn.dropout import Dropout
+from hrs.nn.eager import on_eager_cpu
 from hrs.nn.kernels import Dot, ProductKernel, attend_by_scores, build_kernel, coarse_and_rest
 from hrs.nn.products import Linear
 
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         table = slots.table
         parts = F.linear(x, table.matrix(self.qkv.weight)).view(len(x), 3, self.n_heads, self.d_head)
         if self.rotary is not None:
-            turns = self._turns(table, parts.dtype)
+            turns = self.turns(table, parts.dtype)
             parts = torch.bmm(parts.flatten(0, 1), turns.flatten(0, 1)).view_as(parts)
         if memory is not None:
             self._write_memory(memory, slots)
@@ -218,7 +219,7 @@ class Attention(nn.Module):
         """True if keys and queries are their own features."""
         return self.fused and isinstance(self.kernel, Dot) and not self.alibi
 
-    def _turns(self, table: SlotTable, dtype: torch.dtype) -> Tensor:
+    def turns(self, table: SlotTable, dtype: torch.dtype) -> Tensor:
         """[n, 3, d_head, d_head], what turns query, key and value of each row of a step."""
         rotary = self.rotary
         assert rotary is not None
@@ -242,7 +243,7 @@ class Attention(nn.Module):
         weight = self.qkv.weight[self.qkv.in_features :]
         pairs = F.linear(memory.vectors, weight).view(m, n_vectors, 2, self.n_heads, self.d_head)
         if self.rotary is not None:
-            turns = self._turns(slots.table, pairs.dtype)[memory.rows, 1:]  # [m, 2, d_head, d_head]
+            turns = self.turns(slots.table, pairs.dtype)[memory.rows, 1:]  # [m, 2, d_head, d_head]
             pairs = torch.einsum("mepha,mpab->mephb", pairs, turns)
         pairs = pairs.flatten(0, 1)  # [m E, 2, H, d_head]
         if not self.plain:
@@ -257,7 +258,7 @@ class Attention(nn.Module):
             self.training
             and self.plain
             and self.dropout.p < 1
-            and draws_fast(x)
+            and on_eager_cpu(x)
             and x.dtype in (torch.float32, torch.float64)
             and x.dtype == self.qkv.weight.dtype
             and not torch.is_autocast_enabled("cpu")

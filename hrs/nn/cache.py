@@ -16,6 +16,9 @@ T = TypeVar("T")
 
 _STEPS_BEFORE_COPIES = 16
 """Steps that take about as long as copying the matrices: short texts do not pay for what only long ones gain."""
+_ROWS_OF_COPIES = 3
+"""Rows that are multiplied by a matrix stored as [in, out] in half to nine tenths of the time of [out, in]. From four
+rows on it takes up to a half longer (``python -m benchmarks.matrix_layout``)."""
 
 
 class SlotTable:
@@ -69,13 +72,17 @@ class SlotTable:
         """Steps made so far."""
         return int(self.constants.get("steps", 0))  # type: ignore[call-overload]
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return a layer's ``weight`` [out, in] as steps multiply by it; it must not change afterwards.
+    @property
+    def copies_matrices(self) -> bool:
+        """True if :meth:`matrix` gives copies in the present step on the CPU."""
+        return len(self.rows) <= _ROWS_OF_COPIES and self.n_steps >= _STEPS_BEFORE_COPIES
 
-        On the CPU this is, after some steps, a copy that lies in memory as [in, out]: products of a few rows with it
-        take half to four fifths of the time.
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a layer's ``weight`` [out, in] as this step multiplies by it; it must not change afterwards.
+
+        On the CPU this is, after some steps of few rows, a copy that lies in memory as [in, out].
         """
-        if weight.device.type != "cpu" or self.n_steps < _STEPS_BEFORE_COPIES:
+        if weight.device.type != "cpu" or not self.copies_matrices:
             return weight
         return self.constant(("matrix", id(weight)), lambda: weight.detach().t().contiguous().t())
 
@@ -205,6 +212,9 @@ class KeyValueSlots:
     def write(self, pairs: Tensor) -> None:
         """Set key and value [n, 2, H, d_head] of each row's present token."""
         table, n = self.table, self.n_memory
+        if table.equal:
+            self._store[:, : len(pairs), :, n + table.end - 1] = pairs.transpose(0, 1)
+            return
         places = table.in_step(("places", n), lambda: table.places + n) if n else table.places
         self._store[:, table.rows, :, places] = pairs
 
@@ -214,8 +224,8 @@ class KeyValueSlots:
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """Keys and values [n, H, S, d_head] up to the end of the present step."""
-        store = self._store[:, : len(self.table.positions), :, : self.n_memory + self.table.end]
-        return store[0], store[1]
+        k, v = self._store[:, : len(self.table.positions), :, : self.n_memory + self.table.end].unbind()
+        return k, v
 
     def positions(self) -> Tensor:
         """[S], the position from which each key of :meth:`filled` is visible."""

@@ -9,16 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrs.nn.eager import on_eager_cpu
+
 _VALUES = 2**32
-
-
-def draws_fast(x: Tensor) -> bool:
-    """Return True if masks for ``x`` are drawn here and not by torch.
-
-    They are on the CPU, in eager mode. A mode that watches torch's functions, as the memory planner's imitation of CUDA
-    does, is shown torch's own.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.overrides.has_torch_function((x,))
 
 
 def keep_mask(shape: tuple[int, ...] | torch.Size, p: float, dtype: torch.dtype) -> Tensor:
@@ -34,11 +27,11 @@ def keep_mask(shape: tuple[int, ...] | torch.Size, p: float, dtype: torch.dtype)
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` with :func:`keep_mask` where :func:`draws_fast`."""
+    """``nn.Dropout`` with :func:`keep_mask` where :func:`~hrs.nn.eager.on_eager_cpu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input`` with elements zeroed at rate ``p`` and the others divided by 1 - p, in training mode."""
-        if not self.training or not 0 < self.p < 1 or self.inplace or not draws_fast(input):
+        if not self.training or not 0 < self.p < 1 or self.inplace or not on_eager_cpu(input):
             return F.dropout(input, self.p, self.training, self.inplace)
         with torch.no_grad():
             factor = keep_mask(input.shape, self.p, input.dtype).mul_(1 / (1 - self.p))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from hrs.nn.dropout import draws_fast
+from hrs.nn.eager import on_eager_cpu
 
 FEWEST_MULTIPLICATIONS = 2**21
 """Below, a product takes less time than is gained: oneDNN's own start takes 5 to 10 microseconds."""
@@ -37,7 +37,7 @@ def mkl_is_slow() -> bool:
 
 def by_onednn(x: Tensor, n_columns: int) -> bool:
     """Return True if oneDNN multiplies ``x`` [..., k] by a matrix [k, ``n_columns``]."""
-    if not draws_fast(x) or x.dtype is not torch.float32 or not mkl_is_slow():
+    if not on_eager_cpu(x) or x.dtype is not torch.float32 or not mkl_is_slow():
         return False
     width = x.shape[-1]
     large = x.numel() * n_columns >= FEWEST_MULTIPLICATIONS

@@ -12,6 +12,7 @@ from hrs.errors import HRSError
 from hrs.generation.sampling import (
     Sampling,
     apply_temperature,
+    best_ids,
     draw,
     keep_min_p,
     keep_top_k,
@@ -48,6 +49,14 @@ def test_top_k(logits: list[float], k: int) -> None:
     """Everything that fewer than k tokens are better than."""
     expected = {i for i, x in enumerate(logits) if sum(y > x for y in logits) < k}
     assert kept(keep_top_k(rows(logits), k)) == expected & possible(logits)
+
+
+@given(LOGITS, st.integers(1, 11))
+def test_ids_of_the_best_are_those_top_k_keeps_unless_more_tie(logits: list[float], k: int) -> None:
+    assume(k < len(logits))
+    ids, expected = best_ids(rows(logits), k), {i for i, x in enumerate(logits) if sum(y > x for y in logits) < k}
+    assert (ids is None) == (len(expected) > k)
+    assert ids is None or ids[0].tolist() == sorted(expected)
 
 
 @given(LOGITS, PROBABILITY)

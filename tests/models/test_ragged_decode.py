@@ -78,6 +78,37 @@ def test_every_row_decodes_as_if_alone(preset: str) -> None:
     check(micro(preset, torch.float32), 1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 3, 5])  # up to three rows the matrices are copied after some steps
+@pytest.mark.parametrize("preset", ["dense_baseline", "attention_learned"])
+def test_the_step_for_the_cpu_is_that_of_the_modules(preset: str, n: int) -> None:
+    """Rows of one length and, after one has left and another joined, of several."""
+    model = micro(preset, torch.float64)
+    assert isinstance(model, HRSModel)
+    slots, modules = model.new_slots(n), model.new_slots(n)
+    assert slots.cpu_step is not None
+    modules.cpu_step = None
+    for each in (slots, modules):
+        for _ in range(n):
+            each.join(begun(model, text(4)))
+    for step in range(24):
+        if step == 18:
+            for each in (slots, modules):
+                each.leave(0)
+                each.join(begun(model, text(2)))
+        tokens = torch.tensor([[(7 * row + 31 * step) % VOCABULARY] for row in range(n)])
+        found, expected = model.decode(tokens, slots), model.decode(tokens, modules)
+        for ours, theirs in ((found.logits, expected.logits), (found.hidden, expected.hidden)):
+            assert ours is not None and theirs is not None
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["full_hrs", "v2_attn_conv", "attention_alibi", "kernel_l1", "v17_peer_only"])
+def test_the_step_for_the_cpu_is_not_used_for_what_it_lacks(preset: str) -> None:
+    model = micro(preset, torch.float32)
+    assert isinstance(model, HRSModel)
+    assert model.new_slots(2).cpu_step is None
+
+
 def test_routing_consistency_reaches_as_far_back_as_each_row_does() -> None:
     check(micro("dual_head_router", torch.float64, model__router__trc_window=8), 1e-10)
 

@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensorMode
 from hrs.config import AttentionConfig, ModelConfig
 from hrs.nn import cpu_attention
 from hrs.nn.attention import Attention
-from hrs.nn.dropout import Dropout, draws_fast, keep_mask
+from hrs.nn.dropout import Dropout, keep_mask
+from hrs.nn.eager import on_eager_cpu
 from hrs.training.memory_imitation import ImitateCuda
 
 D, HEADS, T = 24, 3, 70
@@ -162,7 +163,7 @@ def test_dropout_of_nothing_and_of_everything_is_torchs(p: float) -> None:
 
 def test_torchs_own_masks_are_used_where_something_watches() -> None:
     x = torch.rand(4)
-    assert draws_fast(x) and isinstance(Dropout(0.5), nn.Dropout)
+    assert on_eager_cpu(x) and isinstance(Dropout(0.5), nn.Dropout)
     with ImitateCuda():
-        assert not draws_fast(x)
-    assert not draws_fast(x.to("meta"))
+        assert not on_eager_cpu(x)
+    assert not on_eager_cpu(x.to("meta"))
