@@ -26,9 +26,9 @@ def require_consistent(config: ExperimentConfig) -> None:
         )
     if retrieval.memory == "shuffled" and config.training.batch_sequences < 2:
         raise HRSError("training.retrieval.memory=shuffled needs training.batch_sequences of 2 or more windows")
-    if config.training.phases:
-        with torch.device("meta"):
-            check_phases(phases_of(config.training.phases, config.training.steps), build_model(config.model))
+    with torch.device("meta"):
+        model = build_model(config.model)  # its parts refuse what their configs cannot judge alone
+    check_phases(phases_of(config.training.phases, config.training.steps), model)
 
 
 def require_trainable(

@@ -98,6 +98,7 @@ def test_a_mistake_is_one_sentence(words: tuple[str, ...], parts: tuple[str, ...
         ("--presets", "dense_retrieved"),
         ("--set", 'training.phases=[{"name": "a", "frac": 1, "freeze": ["no.such"]}]'),
         ("--set", "training.batch_sequences=0"),
+        ("--set", "model.engram.as_original=true"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_refuses(words: tuple[str, ...], sentence_of: Sentence) -> None:
