@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from hrs import cli_queue
-from hrs.config import ExperimentConfig, flatten, parse_assignments
+from hrs.config import ExperimentConfig, parse_assignments
 from hrs.config.checks import LARGEST_SEED, LARGEST_SIZE
 from hrs.errors import HRSError
-from hrs.presets import FAMILIES, PRESETS, STUDIES, compare, experiment, lineage
+from hrs.presets import FAMILIES, PRESETS, STUDIES, compare, experiment
+from hrs.presets.description import describe_preset
 from hrs.threads import MOST_THREADS, set_threads
 
 app = typer.Typer(
@@ -114,12 +115,9 @@ def presets(
 
 @app.command()
 def show(preset: PresetName, scale: Scale = "tiny", overrides: Overrides = None) -> None:
-    """Print a preset's lineage, parameters and every config field."""
-    config = experiment(preset, scale, overrides=_changes(None, overrides))
-    print(" -> ".join(p.name for p in lineage(preset)))
-    print(f"{_parameters(config):,} parameters at scale {scale}\n")
-    for name, value in flatten(config).items():
-        print(f"{name} = {value}")
+    """Print a preset's lineage, parameters, differences from its parent, and every config field."""
+    changes = _changes(None, overrides)
+    print(describe_preset(preset, scale, changes, _parameters(experiment(preset, scale, overrides=changes))))
 
 
 @app.command()
@@ -460,9 +458,8 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this ma
     from hrs.tracking import Tracker, ui_command
 
     storage = open_storage()
-    Tracker(storage).connect()
     command = ui_command(storage, port=port)
-    print(f"MLflow UI of {storage.root}: http://127.0.0.1:{port}", flush=True)
+    print(f"MLflow UI of {storage.root}: {Tracker(storage).experiment_page(port)}", flush=True)
     os.execvp(command[0], command)
 
 

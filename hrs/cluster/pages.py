@@ -35,7 +35,12 @@ def write_page(study: str, records: list[RunRecord], tracker: Tracker, storage: 
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "search.txt", search_table(records) + "\n")
             return f"report: {folder / 'search.txt'}"
-        return f"report: {write_report(study, records, folder, commands=tracker.study_commands(study)).html}"
+        study_page, run_pages = tracker.pages(study, [record.key for record in records])
+        written = write_report(
+            study, records, folder,
+            commands=tracker.study_commands(study), study_page=study_page, run_pages=run_pages,
+        )  # fmt: skip
+        return f"report: {written.html}"
     except OSError as error:
         raise HRSError(
             f"the report cannot be written to {folder} ({error.strerror}): the table above is whole"

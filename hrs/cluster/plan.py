@@ -317,9 +317,10 @@ def _lanes(trials: Sequence[TrialPlan], pool: GpuPool) -> int:
 
 
 def format_plan(plan: Plan) -> str:
-    """Return the plan as aligned text: one line a trial, the GPUs, then the makespan."""
+    """Return the plan as aligned text: one line a trial in order of their starts, the GPUs, then the makespan."""
     head = ("trial", "state", "memory", "micro-batch", "takes", "GPU", "cores", "slot", "starts")
-    rows = [_plan_row(t, plan.hardware) for t in plan.trials]
+    order = sorted(plan.trials, key=lambda t: (t.state != "finished", t.start_minutes))
+    rows = [_plan_row(t, plan.hardware) for t in order]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
     lines += [f"{run.label}  left out: {reason}" for run, reason in plan.refused]
@@ -347,6 +348,12 @@ def _how_timed(plan: Plan) -> str:
     return " (estimated from this machine's speed: no run of this shape was measured yet)"
 
 
+def _takes(t: TrialPlan, hardware: Hardware) -> str:
+    minutes = t.end_minutes - t.start_minutes
+    needs_gpu = not hardware.nodes and minutes > _LONG_ON_CPU_MINUTES
+    return format_seconds(60 * minutes) + (": needs a GPU" if needs_gpu else "")
+
+
 def _plan_row(t: TrialPlan, hardware: Hardware) -> tuple[str, ...]:
     ran = t.state == "finished"
     kind = f" of {hardware.pools[t.pool].kind}" if t.gpu_frac and len(hardware.pools) > 1 else ""
@@ -355,7 +362,7 @@ def _plan_row(t: TrialPlan, hardware: Hardware) -> tuple[str, ...]:
         t.state,
         f"{t.peak_bytes / 2**20:,.0f} MiB",
         f"{t.micro_batch} x {t.accumulation}",
-        "-" if ran else format_seconds(60 * (t.end_minutes - t.start_minutes)),
+        "-" if ran else _takes(t, hardware),
         f"{t.gpu_frac:.2f}{kind}" if t.gpu_frac else "-",
         f"{t.cpus:g}",
         "-" if ran else str(t.slot),

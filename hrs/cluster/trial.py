@@ -7,7 +7,7 @@ moment continues where its last checkpoint was, in the same tracked run.
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +158,7 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
         cap_process_memory(spec.card_frac, device)
     store = open_tokens(config.data, storage.tokens, spec.run.data_fingerprint)
     for p in trainer(config, store, directory, spec.runtime, geometry_of(config, store, storage)):
-        logger.log(p.step, p.metrics)
+        logger.log(p.step, _worth_a_chart(p.metrics, config))
         yield TrialProgress(
             stage="train",
             step=p.step,
@@ -188,6 +188,12 @@ def _steps(spec: TrialSpec, trainer: Trainer, storage: Storage, logger: RunLogge
     facts["evaluation_seconds"] = time.monotonic() - began
     write_whole(directory / DEVICE_FILE, strict_json.dumps(facts))
     _record(spec, directory, model, evaluation, verdict, store.duplicates, logger)
+
+
+def _worth_a_chart(metrics: Mapping[str, float], config: ExperimentConfig) -> dict[str, float]:
+    """Return the metrics without the counters that stand still: a chart each, of a straight line."""
+    still = {"phase": not config.training.phases, "skipped_steps": not metrics.get("skipped_steps")}
+    return {name: value for name, value in metrics.items() if not still.get(name)}
 
 
 def _record(

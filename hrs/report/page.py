@@ -51,22 +51,34 @@ class Detail:
     failures: list[str]
     differences: list[tuple[str, str, str]]
     """Config field, the baseline's value, this preset's value."""
-    runs: list[tuple[int, str, str, str]]
-    """Seed, bits per byte, how it ended, run key."""
+    runs: list[tuple[int, str, str, str, str]]
+    """Seed, bits per byte, how it ended, run key, address of its page in MLflow (empty if there is none)."""
 
 
 def write_report(
-    study: str, records: Sequence[RunRecord], directory: Path, *, commands: Sequence[str] = ()
+    study: str,
+    records: Sequence[RunRecord],
+    directory: Path,
+    *,
+    commands: Sequence[str] = (),
+    study_page: str = "",
+    run_pages: Mapping[str, str] | None = None,
 ) -> ReportFiles:
     """Write ``report.html``, ``report.md``, ``table.txt`` and ``plots/*.png`` below ``directory``.
 
-    The baseline is the preset of the first record. ``commands`` is what a reader types to run the study again; what
-    else a page says of its origin comes from the records.
+    The baseline is the preset of the first record. What a page says of its origin besides ``commands`` comes from the
+    records.
+
+    Args:
+        commands: what a reader types to run the study again.
+        study_page: address of the study in MLflow, which the page links to.
+        run_pages: addresses of runs by key.
 
     Raises:
         HRSError: if the records cannot stand in one table (see :func:`hrs.report.rows.compare_presets`).
     """
-    from hrs.report.plots import draw_plots  # Matplotlib is slow to import, and a table needs none of it
+    from hrs.report.forest import forest  # Matplotlib is slow to import, and a table needs none of it
+    from hrs.report.plots import draw_plots
 
     comparison, groups = compare_presets(records), by_preset(records)
     (directory / "plots").mkdir(parents=True, exist_ok=True)
@@ -82,12 +94,14 @@ def write_report(
     html = environment.get_template("page.html.j2").render(
         study=study,
         facts=facts,
+        study_page=study_page,
+        forest=forest(comparison),
         columns=COLUMNS,
         comparison=comparison,
         below_the_line=BELOW_THE_LINE,
         notes=notes(comparison),
         figures=[(plot.caption, base64.b64encode(plot.path.read_bytes()).decode()) for plot in plots],
-        details=_details(comparison, groups),
+        details=_details(comparison, groups, run_pages or {}),
         origin=origin,
     )
     files = ReportFiles(
@@ -158,7 +172,9 @@ def _origin(records: Sequence[RunRecord], commands: Sequence[str]) -> list[tuple
     return [(name, value) for name, value in origin if value]
 
 
-def _details(comparison: Comparison, groups: Mapping[str, Sequence[RunRecord]]) -> list[Detail]:
+def _details(
+    comparison: Comparison, groups: Mapping[str, Sequence[RunRecord]], pages: Mapping[str, str]
+) -> list[Detail]:
     settings = {p: _flatten(next((r.config for r in runs if r.config), {})) for p, runs in groups.items()}
     base = settings[comparison.baseline.preset]
     details = []
@@ -168,6 +184,7 @@ def _details(comparison: Comparison, groups: Mapping[str, Sequence[RunRecord]]) 
         # Seeds share their documents, so they differ by less than the interval over documents: one more digit.
         places = decimals(row.bits_per_byte) + 1 if row.bits_per_byte else 0
         bits = [fixed(bits_per_byte(r.documents), places) if is_evaluated(r) else "" for r in runs]
+        ended = [(r.seed, b, describe_status(r), r.key, pages.get(r.key, "")) for r, b in zip(runs, bits, strict=True)]
         details.append(
             Detail(
                 row=row,
@@ -175,7 +192,7 @@ def _details(comparison: Comparison, groups: Mapping[str, Sequence[RunRecord]]) 
                 audit={True: "passed", False: "failed", None: "not taken"}[row.causal],
                 failures=audit_failures(runs),
                 differences=[(n, base.get(n, ""), own.get(n, "")) for n in names],
-                runs=[(r.seed, b, describe_status(r), r.key) for r, b in zip(runs, bits, strict=True)],
+                runs=ended,
             )
         )
     return details

@@ -36,6 +36,7 @@ class Tracked:
     """One tracked run or study, as MLflow has it."""
 
     run_id: str
+    experiment_id: str
     name: str
     status: str
     """MLflow's: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED."""
@@ -105,8 +106,9 @@ class SqliteHistory:
 
     def _tracked(self, condition: str, values: Sequence[str]) -> list[Tracked]:
         query = (
-            "SELECT run_uuid, name, status, start_time, artifact_uri FROM runs WHERE lifecycle_stage = 'active' AND "
-            f"experiment_id IN (SELECT experiment_id FROM experiments WHERE name = '{EXPERIMENT}') AND {condition} "
+            "SELECT run_uuid, experiment_id, name, status, start_time, artifact_uri FROM runs "
+            "WHERE lifecycle_stage = 'active' AND experiment_id IN "
+            f"(SELECT experiment_id FROM experiments WHERE name = '{EXPERIMENT}') AND {condition} "
             "ORDER BY start_time, run_uuid"
         )
         found = self._rows(query, values)
@@ -125,6 +127,7 @@ class SqliteHistory:
         return [
             Tracked(
                 run_id=run_id,
+                experiment_id=str(experiment_id),
                 name=name,
                 status=status,
                 start_milliseconds=start,
@@ -132,7 +135,7 @@ class SqliteHistory:
                 tags=tags[run_id],
                 metrics=metrics[run_id],
             )
-            for run_id, name, status, start, uri in found
+            for run_id, experiment_id, name, status, start, uri in found
         ]
 
     def _rows(self, query: str, values: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -192,6 +195,7 @@ class ClientHistory:
 def _as_tracked(run: "Run") -> Tracked:
     return Tracked(
         run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
         name=run.info.run_name,
         status=run.info.status,
         start_milliseconds=run.info.start_time,

@@ -21,6 +21,7 @@ from hrs.errors import HRSError, is_full
 from hrs.storage import Storage
 from hrs.tracking.history import EXPERIMENT, ClientHistory, History, SqliteHistory
 from hrs.tracking.patience import LOCK_SECONDS, PatientClient, patiently
+from hrs.tracking.study_page import UI_PORT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -146,7 +147,7 @@ def _tables(database: sqlite3.Connection) -> set[str]:
     return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
-def ui_command(storage: Storage, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+def ui_command(storage: Storage, host: str = "127.0.0.1", port: int = UI_PORT) -> list[str]:
     """The command that shows the SQLite store in MLflow's browser interface: one worker, no job runner.
 
     Raises:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hrs import strict_json
-from hrs.config import ExperimentConfig, flatten, to_dict
+from hrs.config import ExperimentConfig, to_dict
+from hrs.config.effective import fields_in_effect
 from hrs.errors import HRSError, is_full, reason_of
 from hrs.identity import code_version
 from hrs.storage import Storage
@@ -24,6 +24,15 @@ from hrs.tracking.names import require_study_name
 from hrs.tracking.owner import is_alive, this_process
 from hrs.tracking.reading import has_results, missing_record, read_record, status_of
 from hrs.tracking.store import connect, open_history, store_lock
+from hrs.tracking.study_list import (
+    COMMANDS_TAG,
+    commands_of,
+    commands_tag,
+    entry_of_config,
+    entry_of_tags,
+    keys_of_version,
+)
+from hrs.tracking.study_page import NOTE_TAG, best_trial, note_of_report, page_of, prepare_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,12 +45,6 @@ _log = logging.getLogger(__name__)
 _PARAM_VALUE_CHARACTERS = 6000  # MLflow's limits
 _PARAMS_PER_REQUEST = 100
 _RUNS_FILE = "study.json"
-_COMMANDS_TAG = "hrs.commands"
-_TAG_CHARACTERS = 4000
-"""MLflow's limit is 8000 today and was 5000."""
-
-
-_log = logging.getLogger(__name__)
 
 
 class RunBusy(HRSError):
@@ -67,9 +70,15 @@ class Tracker:
         """
         assert self._connection
 
+    def experiment_page(self, port: int) -> str:
+        """Return the address of the table of all runs where ``hrs ui`` shows it on a port."""
+        return f"http://127.0.0.1:{port}/#/experiments/{self._connection[1]}"
+
     @functools.cached_property
     def _connection(self) -> tuple["MlflowClient", str]:
-        return connect(self._storage)
+        client, experiment_id = connect(self._storage)
+        prepare_experiment(client, experiment_id)
+        return client, experiment_id
 
     @property
     def _client(self) -> "MlflowClient":
@@ -96,7 +105,8 @@ class Tracker:
             command: what a reader types to make these runs again; kept with the study, once.
         """
         require_study_name(name)
-        made = {key: _entry(config, (samples or {}).get(key, {})) for key, config in runs.items()}
+        drawn = samples or {}
+        made = {key: entry_of_config(config, drawn.get(key, {}), code_version()) for key, config in runs.items()}
         self.connect()  # before the lock, which making a store takes too
         with store_lock(self._storage):
             study, planned, commands = self._study(name), {}, []
@@ -104,23 +114,28 @@ class Tracker:
                 tags = {"hrs.kind": "study", "hrs.study": name}
                 study_id = self._client.create_run(self._connection[1], tags=tags, run_name=name).info.run_id
             else:
-                study_id, planned, commands = study.run_id, self._planned(study), _commands(study)
+                study_id, planned, commands = study.run_id, self._planned(study), commands_of(study)
             planned = {key: entry for key, entry in planned.items() if key in made or entry not in made.values()}
             tags = {"hrs.code_version": code_version()}
             if command and command not in commands:
-                tags[_COMMANDS_TAG] = _as_tag([*commands, command])
+                tags[COMMANDS_TAG] = commands_tag([*commands, command])
             self._claim(study_id, tags)
             self._client.log_dict(study_id, planned | made, _RUNS_FILE)
         _opened_here[study_id] = self
         return study_id
 
     def close_study(self, study_id: str, outcome: Outcome, reason: str = "") -> None:
-        """Close the study's own run; its trials are closed by their loggers."""
+        """Close the study's own run and note its best score; its trials are closed by their loggers."""
         _opened_here.pop(study_id, None)
         close_run(self._client, study_id, outcome, reason)
+        name = self._client.get_run(study_id).data.tags["hrs.study"]
+        best = best_trial(self._find_all(self.study_keys(name)).values())
+        if best is not None:
+            self._client.log_metric(study_id, "best_bits_per_byte", best.metrics["bits_per_byte"])
+            self._client.set_tag(study_id, "best_run", f"{best.name} ({best.tags['hrs.run_key']})")
 
     def log_study_artifact(self, study_id: str, path: Path) -> None:
-        """Store a copy of a file or directory, such as the report, with the study.
+        """Store a copy of a file or directory with the study. A directory with a report is linked from its note.
 
         Raises:
             HRSError: if the store does not take it.
@@ -128,6 +143,8 @@ class Tracker:
         try:
             if path.is_dir():
                 self._client.log_artifacts(study_id, str(path), path.name)
+                if (path / "report.html").is_file():
+                    self._client.set_tag(study_id, NOTE_TAG, note_of_report(self._connection[1], study_id, path))
             else:
                 self._client.log_artifact(study_id, str(path))
         except Exception as error:  # each artifact store raises its own
@@ -140,13 +157,23 @@ class Tracker:
         """Names of all studies, the oldest first."""
         return [run.tags["hrs.study"] for run in self._history.by_tag("hrs.kind", ["study"])]
 
+    def pages(self, study: str, keys: Iterable[str]) -> tuple[str, dict[str, str]]:
+        """Return the addresses of MLflow's pages of a study and, by key, of those runs that there are.
+
+        Raises:
+            HRSError: if there is no such study.
+        """
+        uri = self._storage.tracking_uri
+        found = self._find_all(list(keys))
+        return page_of(self._require_study(study), uri), {key: page_of(run, uri) for key, run in found.items()}
+
     def study_keys(self, name: str) -> list[str]:
         """Return the keys of the runs that :meth:`study_records` gives.
 
         Raises:
             HRSError: if there is no such study.
         """
-        return _of_version(name, *self._versions(name), None)
+        return keys_of_version(name, *self._versions(name), None)
 
     def study_commands(self, name: str) -> list[str]:
         """Return the commands that made the runs of a study, the oldest first.
@@ -154,7 +181,7 @@ class Tracker:
         Raises:
             HRSError: if there is no such study.
         """
-        return _commands(self._require_study(name))
+        return commands_of(self._require_study(name))
 
     def study_versions(self, name: str) -> list[str]:
         """Return the code versions whose runs a study lists; the last one is what :meth:`study_records` gives.
@@ -185,7 +212,7 @@ class Tracker:
             HRSError: if there is no such study, or it has no runs of that code.
         """
         planned, versions = self._versions(name)
-        keys = _of_version(name, planned, versions, code_version) if keys is None else keys
+        keys = keys_of_version(name, planned, versions, code_version) if keys is None else keys
         records = []
         for record in self.records(keys, with_history):
             entry = planned[record.key]
@@ -374,7 +401,7 @@ class Tracker:
                 study.artifact_uri,
             )
             made = self._history.by_tag("hrs.study", [name])
-            return {r.tags["hrs.run_key"]: _entry_of(r.tags) for r in made if r.tags.get("hrs.kind") == "trial"}
+            return {r.tags["hrs.run_key"]: entry_of_tags(r.tags) for r in made if r.tags.get("hrs.kind") == "trial"}
 
     def _create_run(
         self, key: str, study_id: str, study: str, config: ExperimentConfig, data_fingerprint: str
@@ -404,12 +431,12 @@ class Tracker:
         self._client.update_run(run_id, status="RUNNING")
 
     def _log_params(self, run: "Run", config: ExperimentConfig) -> None:
-        """Log the parameters that the run does not have yet: MLflow refuses to write one again."""
+        """Log the fields that decide something and that the run does not have yet: MLflow takes each one once."""
         from mlflow.entities import Param
 
         params = [
             Param(name, str(value)[:_PARAM_VALUE_CHARACTERS])
-            for name, value in flatten(config).items()
+            for name, value in fields_in_effect(config).items()
             if name not in run.data.params
         ]
         for start in range(0, len(params), _PARAMS_PER_REQUEST):
@@ -435,40 +462,6 @@ def close_open_studies(error: BaseException) -> None:
             tracker.close_study(study_id, outcome, reason_of(error))
         except Exception as unrecorded:  # must not hide what ended the command
             _log.warning("study %s stays open in the tracking store (%s)", study_id, reason_of(unrecorded))
-
-
-def _entry(config: ExperimentConfig, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a study's list says of a run, by the names that :class:`hrs.report.RunRecord` has for it."""
-    facts = {"preset": config.preset, "scale": config.scale, "seed": config.seed, "code_version": code_version()}
-    return facts | ({"sample": dict(sample)} if sample else {})
-
-
-def _entry_of(tags: Mapping[str, str]) -> dict[str, Any]:
-    """The same from the tags of a run, without its sample."""
-    code = {"code_version": tags["hrs.code_version"]} if "hrs.code_version" in tags else {}
-    return {"preset": tags["preset"], "scale": tags["scale"], "seed": int(tags["seed"])} | code
-
-
-def _of_version(
-    study: str, planned: Mapping[str, Mapping[str, Any]], versions: Sequence[str], wanted: str | None
-) -> list[str]:
-    """Return the keys of one code version's runs, of the last one if none is named."""
-    if wanted is not None and wanted not in versions:
-        there = ", ".join(filter(None, versions)) or "none"
-        raise HRSError(f"study '{study}' has no runs of code version {wanted} (it has: {there}): name one of those")
-    wanted = versions[-1] if versions and wanted is None else wanted
-    return [key for key, entry in planned.items() if entry.get("code_version", "") == wanted]
-
-
-def _commands(study: Tracked) -> list[str]:
-    return list(json.loads(study.tags.get(_COMMANDS_TAG, "[]")))
-
-
-def _as_tag(commands: list[str]) -> str:
-    """Return the list as JSON that fits into a tag: without the oldest, if they are too many."""
-    while len(text := strict_json.dumps(commands)) > _TAG_CHARACTERS and len(commands) > 1:
-        commands = commands[1:]
-    return text
 
 
 def _has_living_owner(run: Tracked, other_than_this: bool = False) -> bool:

@@ -346,7 +346,20 @@ def test_a_study_of_weeks_on_the_cpu_is_said_to_need_a_gpu(runs: list[Run]) -> N
     weeks = dataclasses.replace(trial(runs[0], 180 * 24 * 60), end_minutes=180 * 24 * 60)
     said = format_plan(Plan(hardware=Hardware(cpus=2), trials=(weeks,)))
     assert "needs a GPU: about 180 days on this CPU" in said
+    assert "180 days: needs a GPU" in said.splitlines()[1]
     assert "GPU" not in said.replace("no GPU", "").replace("needs a GPU", "").split("\n", 1)[1]
+
+
+def test_the_plan_lists_trials_in_the_order_of_their_starts(runs: list[Run]) -> None:
+    starts = {0: 30.0, 1: 0.0, 2: 10.0}
+    trials = [
+        dataclasses.replace(trial(runs[i], 10), start_minutes=start, end_minutes=start + 10)
+        for i, start in starts.items()
+    ]
+    trials.append(dataclasses.replace(trials.pop(0), state="finished"))
+    waiting = dataclasses.replace(trials[0], start_minutes=5.0, run=runs[3])
+    said = format_plan(Plan(hardware=Hardware(cpus=2), trials=(trials[1], waiting, trials[0], trials[2])))
+    assert [line.split()[0] for line in said.splitlines()[1:5]] == [runs[i].label for i in (0, 1, 3, 2)]
 
 
 # ---- autoscaler ------------------------------------------------------------------------------------------------------

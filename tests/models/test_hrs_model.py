@@ -1,5 +1,6 @@
 """What a preset's model is made of, that it is causal, that all of it learns, and that it can be composed freely."""
 
+import contextlib
 import dataclasses
 import math
 from typing import get_args, get_type_hints
@@ -8,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distinct_models import DISTINCT_HRS
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hrs.config import AttentionConfig, ModelConfig, flatten, override
 from hrs.config.components import EngramKind
+from hrs.config.effective import fields_in_effect
 from hrs.errors import HRSError
 from hrs.models import LanguageModel, WindowContext, build_model
 from hrs.models.hrs import HRSModel
@@ -183,6 +185,27 @@ def test_any_field_on_any_preset_works_or_raises(preset: str, field: str, value:
         cache = model.new_cache(2)
         pieces = torch.cat([model.decode(piece, cache).logits for piece in text[:, :30].split(11, dim=1)], dim=1)
         torch.testing.assert_close(pieces, model(text[:, :30]).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["dense_baseline", "full_hrs", "manifold_v18"])
+def test_fields_that_are_not_in_effect_change_nothing(preset: str) -> None:
+    config = experiment(preset, "micro")
+    effective = fields_in_effect(config)
+    idle = {n: v for n, v in (GUIDED | ALTERNATIVES).items() if f"model.{n}" not in effective}
+    assert len(idle) > 15 and not any(name.endswith(("kind", "enabled")) for name in idle)
+
+    def trained(model_config: ModelConfig) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = build_model(model_config).train()
+        output = model(torch.arange(2 * model.max_seq_len).view(2, -1) % model.vocab_size)
+        return [*model.state_dict().values(), output.logits, *output.losses.values()]
+
+    plain, together = trained(config.model), config.model
+    for name, value in idle.items():
+        with contextlib.suppress(HRSError):  # some are refused while their part is off
+            together = override(together, {name: value})
+    assert together != config.model
+    assert all(map(torch.equal, plain, trained(together)))
 
 
 def test_prefix_engrams_refuse_dropout() -> None:

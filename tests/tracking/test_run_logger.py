@@ -88,6 +88,7 @@ def test_parameters_are_flat_and_survive_a_resume(tracker: Tracker, open_run: Op
     params = tracker._client.get_run(run.run_id).data.params
     assert params["model.engram.kind"] == "none"
     assert params["training.optimizer.beta1"] == "0.9"
+    assert "model.engram.window" not in params and "model.router.hidden" not in params
     assert params["data.corpus"] == "text:/" + "a" * 5994
 
 

@@ -311,12 +311,35 @@ def test_a_report_is_kept_with_its_study(tracker: Tracker, tmp_path: Path) -> No
     report = tmp_path / "report"
     report.mkdir()
     (report / "index.html").write_text("<h1>table</h1>")
+    (report / "report.html").write_text("<h1>table</h1>")
     study_id = tracker.open_study("demo", {})
     tracker.log_study_artifact(study_id, report)
     tracker.log_study_artifact(study_id, report / "index.html")
     tracker.close_study(study_id, "finished")
     names = {file.path for file in tracker._client.list_artifacts(study_id)}
     assert {"report", "index.html", "study.json"} <= names
+    experiment, study = tracker._client.get_experiment(tracker._connection[1]), tracker._client.get_run(study_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = f"#/experiments/{experiment.experiment_id}/runs/{study_id}"
+    assert f"({page}/artifacts/report/report.html)" in study.data.tags["mlflow.note.content"]
+    assert tracker.experiment_page(5000).endswith(f"/#/experiments/{experiment.experiment_id}")
+    assert tracker.pages("demo", ["k0"]) == (f"http://127.0.0.1:5000/{page}", {})
+
+
+def test_a_study_shows_the_best_bits_per_byte_of_its_causal_runs(tracker: Tracker) -> None:
+    plan = configs(4)
+    study_id = tracker.open_study("demo", plan)
+    scores = {"k0": (1.5, "true"), "k1": (1.25, "true"), "k2": (0.2, "false")}
+    for key, (bits, causal) in scores.items():
+        run = tracker.open_run(key, study_id, plan[key], "data")
+        run.log(1, {"bits_per_byte": bits})
+        run.set_tags({"causal": causal})
+        run.finish("finished")
+    tracker.close_study(study_id, "finished")
+    study = tracker._client.get_run(study_id).data
+    assert study.metrics == {"best_bits_per_byte": 1.25} and study.tags["best_run"].endswith("(k1)")
+    _, pages = tracker.pages("demo", plan)
+    assert list(pages) == ["k0", "k1", "k2"] and pages["k1"].endswith(f"/runs/{tracker.run_id('k1')}")
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyError("bug"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
