@@ -34,8 +34,13 @@ _RAY_SERVE = {
 }
 """Defaults of Ray Serve in the private Ray."""
 
-_CLOSED = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
-"""What would let replicas listen on all interfaces, past the proxy."""
+_CLOSED = {
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    # A thread of Serve's that asks for something after the end would start another Ray otherwise.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+}
+"""What would let replicas listen on all interfaces, past the front, or leave a Ray behind."""
 
 _CAUSAL = {
     True: "yes, its audit passed",

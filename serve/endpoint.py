@@ -1,6 +1,7 @@
 """One endpoint from its first request to its last: it listens, and stops so that every client is told."""
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -8,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from serve.front import Front
 from serve.listener import Limits, Server
 
+_RAY_SECONDS = 30.0
+"""For running replies if Ray has failed: it ends this process a minute after."""
 _LAST_WORDS_SECONDS = 5.0
 """For telling clients that their replies were cut off."""
 
@@ -59,7 +62,7 @@ async def run_endpoint(
     await asyncio.wait({stopping, watching, serving}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     announce("stopping")
-    await _stop(front, server, serving, wishes, 0.0 if watching.done() else grace_seconds)
+    await _stop(front, server, serving, wishes, min(grace_seconds, _RAY_SECONDS if watching.done() else math.inf))
     if watching.done():
         watching.result()
     watching.cancel()

@@ -6,8 +6,10 @@ import logging
 import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any
 
 from ray import serve as ray_serve
+from ray._private import worker
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -110,6 +112,14 @@ def own_sentence(message: str) -> str:
     return sentence if kind == HRSError.__name__ else f"{kind}: {sentence}"
 
 
+def require_ray() -> None:
+    """Raise HRSError if a process of this Ray has ended, without which it ends this one within a minute."""
+    node: Any = worker._global_node
+    ended = [] if node is None else sorted({kind for kind, _ in node.dead_processes()})
+    if ended:
+        raise HRSError(f"{' and '.join(ended)} of Ray ended unexpectedly, was it killed? Start the endpoint again")
+
+
 async def watch(front: Front) -> None:
     """Tell the front how many replicas run, until none can any more.
 
@@ -119,6 +129,7 @@ async def watch(front: Front) -> None:
     loop = asyncio.get_running_loop()
     heard = loop.time()
     while True:
+        require_ray()
         try:
             state = await asyncio.to_thread(read_state)
         except (RayError, RayServeException, RuntimeError, TimeoutError) as error:

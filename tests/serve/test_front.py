@@ -362,6 +362,7 @@ def test_without_a_replica_everybody_is_told_at_once(busy) -> None:
 
 def test_when_no_replica_can_live_clients_are_told_and_the_endpoint_ends(busy) -> None:
     stand, threads, answers = busy
+    stand.call(stand.front.set_replicas, 0)
     stand.call(stand.fails.set_exception, HRSError("the reason"))
     for thread in (*threads, stand.thread):
         thread.join()
@@ -369,6 +370,17 @@ def test_when_no_replica_can_live_clients_are_told_and_the_endpoint_ends(busy) -
     assert str(stand.failure) == "the reason"
     with pytest.raises(httpx.ConnectError):
         stand.is_up()
+
+
+def test_when_ray_fails_running_replies_are_finished(busy) -> None:
+    stand, threads, answers = busy
+    stand.call(stand.fails.set_exception, HRSError("the reason"))
+    wait_until(lambda: httpx.get(f"{stand.url}/v1/models").status_code == 503)
+    stand.go_on.set()
+    for thread in (*threads, stand.thread):
+        thread.join()
+    assert [answer.text for answer in answers] == ["ok"] * 3
+    assert str(stand.failure) == "the reason"
 
 
 def test_a_replica_that_ends_is_told(stand: Stand) -> None:

@@ -89,6 +89,38 @@ def test_topics_that_are_shared_do_not_grow_for_ever(tmp_path: Path) -> None:
     assert (tmp_path / "topics.json").stat().st_size == pytest.approx(size, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ("Retry.\nTraceback:\n  File x\nhrs.errors.HRSError: there is no model at /m\n\n", "there is no model at /m"),
+        ("RuntimeError: first\nduring which\nray.exceptions.RayTaskError: RuntimeError\nOSError: [Errno 28] full",
+         "OSError: [Errno 28] full"),
+        ("Deploying application hrs failed", "Deploying application hrs failed"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_replicas_own_sentence_is_found_in_what_serve_says(message: str, sentence: str) -> None:
+    from serve.replicas import own_sentence
+
+    assert own_sentence(message) == sentence
+
+
+def test_a_process_of_ray_that_has_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import worker
+
+    from serve.replicas import require_ray
+
+    class Node:
+        def dead_processes(self) -> list[tuple[str, None]]:
+            return [("raylet", None)]
+
+    monkeypatch.setattr(worker, "_global_node", None)
+    require_ray()
+    monkeypatch.setattr(worker, "_global_node", Node())
+    with pytest.raises(HRSError, match="raylet of Ray ended unexpectedly"):
+        require_ray()
+
+
 def test_the_example_is_what_serve_and_we_accept() -> None:
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as as_deployed
     from ray.serve.schema import ServeDeploySchema
