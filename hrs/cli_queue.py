@@ -1,6 +1,5 @@
 """``hrs queue ...``: look at the durable queue, change it, and work on it."""
 
-import json
 import shlex
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hrs import strict_json
 from hrs.errors import HRSError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def list_(
     studies = [view for view in list_studies(queue) if target is None or view.id == target.study]
     stages = list_stages(queue, target, settled=all_ or target is not None)
     if as_json:
-        print(json.dumps({"studies": to_json(studies), "stages": to_json(stages)}, allow_nan=False))
+        print(strict_json.dumps({"studies": to_json(studies), "stages": to_json(stages)}))
         return
     if not studies and not stages:
         print("the queue is empty: put something in with 'hrs queue add -- COMMAND'")
@@ -121,7 +121,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
             "stages": [stage | {"tries": to_json(tries[stage["key"]])} for stage in to_json(stages)],
             "events": events,
         }
-        print(json.dumps(told, allow_nan=False))
+        print(strict_json.dumps(told))
         return
     for view in stages:
         print(f"{view.key[:8]}  {view.kind}  {view.label}: {view.state}{f' ({view.why})' if view.why else ''}")

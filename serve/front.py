@@ -6,12 +6,12 @@ is asked under, the key, whether the endpoint stops or has no replica, whether t
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from hrs import strict_json
 from serve.access import OPEN_TO_ALL, Hosts, Keys
 from serve.bodies import Bodies
 from serve.errors import ApiError, as_api_error
@@ -217,7 +217,7 @@ class _Reply:
         if not self.started:
             await failure.response()(scope, receive, self._send)
         elif self._streams and not self._complete:
-            last = f"data: {json.dumps(failure.body())}\n\n"
+            last = f"data: {strict_json.dumps(failure.body())}\n\n"
             await self._send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
 

@@ -8,7 +8,6 @@ with limits.
 
 import asyncio
 import contextlib
-import json
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from hrs import strict_json
 from serve.errors import ApiError
 
 _OTHER_FILES = 256
@@ -140,7 +140,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, or longer than the limits, in OpenAI's shape, and close the connection."""
-        body = json.dumps(ApiError(400, _NOT_HTTP.format(self._limits.header_bytes)).body()).encode()
+        body = strict_json.dumps(ApiError(400, _NOT_HTTP.format(self._limits.header_bytes)).body()).encode()
         lines = ("HTTP/1.1 400 Bad Request", "content-type: application/json", f"content-length: {len(body)}")
         self.transport.write("\r\n".join((*lines, "connection: close", "", "")).encode() + body)
         self.transport.close()

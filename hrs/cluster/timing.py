@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from hrs import strict_json
 from hrs.cluster.hardware import GpuPool
 from hrs.config import ExperimentConfig, canonical_json, from_dict
 from hrs.errors import HRSError
@@ -229,7 +230,7 @@ def _names(values: dict[str, Any]) -> list[Any]:
 
 def _written_shape(values: dict[str, Any]) -> str:
     """Return what decides speed of a config as it was written: the model and the phases, not the seed or the data."""
-    return json.dumps({**values, "seed": 0, "data": None}, sort_keys=True)
+    return strict_json.dumps({**values, "seed": 0, "data": None}, sort_keys=True)
 
 
 def _read_measured(directory: Path) -> tuple[tuple[str, int], Measured] | None:

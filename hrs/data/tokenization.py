@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hrs import strict_json
 from hrs.data.documents import package_file
 from hrs.errors import HRSError
 from hrs.presets.compose import vocabulary_size
@@ -55,7 +56,7 @@ def adopt_tokenizer(folder: Path) -> Tokenizer:
         cause = " ".join(str(error).split())[:200]
         raise HRSError(f"the tokenizer in {folder} cannot be opened ({cause}): is the folder complete?") from error
     values = json.loads(text)
-    if '"ByteLevel"' not in json.dumps(values["decoder"]):
+    if '"ByteLevel"' not in strict_json.dumps(values["decoder"]):
         raise HRSError(
             f"the tokenizer in {folder} does not spell bytes, so bits per byte cannot be counted: only byte-level ones "
             "are supported"
@@ -70,7 +71,7 @@ def adopt_tokenizer(folder: Path) -> Tokenizer:
         if end in vocabulary:
             vocabulary[END_OF_TEXT] = vocabulary.pop(end)
     values["post_processor"] = None  # tokens before and after a text are the store's business
-    return _prepare(Tokenizer.from_str(json.dumps(values)))
+    return _prepare(Tokenizer.from_str(strict_json.dumps(values)))
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int32]:

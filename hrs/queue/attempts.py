@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.queue.leases import LEASE_SECONDS, Heartbeat
 from hrs.queue.queue import Claim, LeaseLost, Queue
@@ -146,7 +147,7 @@ def _finish(queue: Queue, claim: Claim, root: Path, result: Any) -> None:
     path = stage_directory(root, claim.stage.key) / RESULT_FILE
     part = path.with_name(f"{RESULT_FILE}.{claim.token}.part")
     with part.open("w", encoding="utf-8") as file:
-        json.dump(result, file, allow_nan=False)
+        file.write(strict_json.dumps(result))
         file.flush()
         os.fsync(file.fileno())
     try:

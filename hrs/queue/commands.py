@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import psutil
 
+from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.nvml import Nvml
 from hrs.queue.attempts import Preempted, StageContext, TooLarge
@@ -57,7 +58,7 @@ def command_study(
     if not command:
         raise HRSError("there is no command: write it after --, as in 'hrs queue add -- python train.py'")
     payload = {"command": list(command), "cwd": str(cwd), "environment": dict(environment)}
-    text = json.dumps([name, payload], sort_keys=True)
+    text = strict_json.dumps([name, payload], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     stage = StageSpec(key=key, kind="command", label=name, function=FUNCTION, payload=payload, resources=resources)
     run = RunSpec(key=key, label=name, definition={"command": list(command)}, stages=(key,))

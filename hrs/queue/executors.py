@@ -5,7 +5,6 @@ stands in the queue; an executor only adds what a process that died could not sa
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hrs import strict_json
 from hrs.queue.admission import Gpu, Host
 from hrs.queue.attempts import LOG_FILE, run_attempt, stage_directory
 from hrs.queue.database import ENVIRONMENT
@@ -130,7 +130,7 @@ class ProcessExecutor(Executor):
         }  # fmt: skip
         with (directory / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hrs.queue", json.dumps(arguments)],
+                [sys.executable, "-m", "hrs.queue", strict_json.dumps(arguments)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 pass_fds=(worker.fileno(),), env=environment,
             )  # fmt: skip
