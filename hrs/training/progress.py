@@ -72,7 +72,7 @@ class MemoryMeter:
             with contextlib.suppress(OSError, AttributeError):  # not with every C library
                 ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(OSError):  # Linux: the peak begins at what is resident now
-                Path("/proc/self/clear_refs").write_text("5")
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             self._before = _resident_bytes("VmRSS")
 
     def peak_bytes(self) -> int:
@@ -85,7 +85,7 @@ class MemoryMeter:
 def _resident_bytes(field: str) -> int:
     """Return a field of this process's status in bytes; where there is none, the resident size."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     import psutil  # a machine that only runs the checks of its GPU need not have it
