@@ -17,8 +17,8 @@ from typing import Any
 from hrs import strict_json
 from hrs.errors import HRSError
 from hrs.queue.leases import LEASE_SECONDS, Heartbeat
-from hrs.queue.queue import Claim, LeaseLost, Queue
-from hrs.queue.records import Resources
+from hrs.queue.queue import LeaseLost, Queue
+from hrs.queue.records import Claim, Resources
 from hrs.queue.states import Outcome, Wanted
 
 RESULT_FILE = "result.json"

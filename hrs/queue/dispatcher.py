@@ -11,8 +11,8 @@ from pathlib import Path
 from hrs.queue.admission import FOREVER, Host, Tenant, admit
 from hrs.queue.executors import Executor
 from hrs.queue.leases import LEASE_SECONDS, Reaper
-from hrs.queue.queue import Attempt, Claim, Queue
-from hrs.queue.records import StageSpec
+from hrs.queue.queue import Queue
+from hrs.queue.records import Attempt, Claim, StageSpec
 from hrs.queue.states import Wanted
 from hrs.queue.transitions import TransitionRefused
 

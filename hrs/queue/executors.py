@@ -20,8 +20,8 @@ from hrs.queue.admission import Gpu, Host
 from hrs.queue.attempts import LOG_FILE, run_attempt, stage_directory
 from hrs.queue.database import ENVIRONMENT
 from hrs.queue.leases import LEASE_SECONDS, Worker, host_name
-from hrs.queue.queue import Claim, Queue
-from hrs.queue.records import StageSpec
+from hrs.queue.queue import Queue
+from hrs.queue.records import Claim, StageSpec
 
 GRACE_SECONDS = 30.0
 """What an attempt that is asked to stop may take to keep what it has computed."""

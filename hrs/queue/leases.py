@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from hrs.errors import HRSError
-from hrs.queue.queue import Attempt, Claim, LeaseLost, Queue
+from hrs.queue.queue import LeaseLost, Queue
+from hrs.queue.records import Attempt, Claim
 from hrs.queue.states import Outcome, Wanted
 
 LEASE_SECONDS = 30.0

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from hrs.errors import HRSError
 from hrs.queue.database import Database, queue_url
-from hrs.queue.records import Resources, StageSpec, StudySpec, Submitted
+from hrs.queue.records import Attempt, Claim, Resources, StageSpec, StudySpec, Submitted
 from hrs.queue.schema import attempts, inputs, measurements, members, runs, stages, studies, workers
 from hrs.queue.states import RESTING, Outcome, State, Wanted
+from hrs.queue.targets import Target, find_target
 from hrs.queue.transitions import batches, change, record, refresh, release, resting_state
 
 MOST_LOST = 3
@@ -36,35 +37,6 @@ FIRST_BACK_OFF_SECONDS = 2.0
 
 class LeaseLost(HRSError):
     """The holder of a claim was taken for dead, and its stage belongs to somebody else."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """The right to work on one stage until it is given back or taken away."""
-
-    attempt: int
-    token: int
-    stage: StageSpec
-    rung: int
-    """How often the stage has run out of memory: the step of the ladder that this attempt is on."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """An attempt that has not ended."""
-
-    claim: Claim
-    worker: str
-    host: str
-    pid: int
-    device: str
-    reserved: Resources
-    claimed: float
-    """Seconds since the epoch."""
-    beats: int
-    """Renewals so far."""
-    progress: dict[str, Any] | None
-    wanted: Wanted
 
 
 class Queue:
@@ -109,8 +81,8 @@ class Queue:
             if rows:
                 connection.execute(insert(runs), rows)
             self._add_members(connection, study_id, study)
-            keys = [stage.key for stage in study.stages]
-            refresh(connection, keys, now)
+            # All of its stages: a study that rested may run again, with those that were submitted earlier.
+            refresh(connection, Target(name=study.title, study=study_id).stage_keys(connection), now)
             record(connection, "submitted", now, message=f"{len(added)} runs, {new} new stages", study_id=study_id)
         return Submitted(study_id=study_id, new=new, finished=finished, shared=len(study.stages) - new - finished)
 
@@ -352,7 +324,7 @@ class Queue:
 
     # ---- what the user wants -----------------------------------------------------------------------------------------
 
-    def want(self, wanted: Wanted, target: "Target") -> int:
+    def want(self, wanted: Wanted, target: Target) -> int:
         """Pause, resume or cancel a study, a run or a stage. Resting stages follow at once, running ones when their
         worker hears of it. Returns how many stages it concerns."""
         now = self.now()
@@ -364,7 +336,7 @@ class Queue:
             record(connection, verb, now, keys if target.stage else ("",), message=target.name, study_id=target.study)
         return len(keys)
 
-    def prioritise(self, priority: int, target: "Target") -> int:
+    def prioritise(self, priority: int, target: Target) -> int:
         """Give a study, a run or a stage a priority, 0 by default; returns how many stages it concerns."""
         now = self.now()
         with self.database.write() as connection:
@@ -375,7 +347,7 @@ class Queue:
             record(connection, "priority", now, message=message, study_id=target.study)
         return len(keys)
 
-    def retry(self, target: "Target") -> int:
+    def retry(self, target: Target) -> int:
         """Queue failed and infeasible stages again; returns how many."""
         now = self.now()
         again = 0
@@ -412,7 +384,7 @@ class Queue:
                 connection.execute(delete(attempts).where(attempts.c.stage_key.in_(some)))
                 connection.execute(delete(stages).where(stages.c.key.in_(some)))
 
-    def target(self, name: str) -> "Target":
+    def target(self, name: str) -> Target:
         """Find what a user names: a study by title or id, RUN@STUDY, or a stage by its key or the beginning of it.
 
         Raises:
@@ -445,64 +417,6 @@ class Queue:
         )
         with self.database.read() as connection:
             return list(connection.execute(query))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """A study, a run of one, or a stage: what a verb is applied to."""
-
-    name: str
-    study: str = ""
-    run: str = ""
-    stage: str = ""
-
-    def stage_keys(self, connection: Connection) -> list[str]:
-        """Return the keys of its stages, sorted."""
-        if self.stage:
-            return [self.stage]
-        query = select(members.c.stage_key).where(members.c.study_id == self.study).distinct()
-        if self.run:
-            query = query.where(members.c.run_key == self.run)
-        return sorted(connection.execute(query).scalars())
-
-    def set(self, connection: Connection, **values: int) -> None:
-        """Set ``wanted`` or ``priority``."""
-        if self.stage:
-            own = {f"own_{name}": value for name, value in values.items()}
-            connection.execute(update(stages).where(stages.c.key == self.stage).values(**own))
-        elif self.run:
-            where = (runs.c.study_id == self.study) & (runs.c.key == self.run)
-            connection.execute(update(runs).where(where).values(**values))
-        else:
-            connection.execute(update(studies).where(studies.c.id == self.study).values(**values))
-
-
-def find_target(connection: Connection, name: str) -> Target:
-    """See :meth:`Queue.target`."""
-    run_name, _, study_name = name.rpartition("@")
-    study = connection.execute(
-        select(studies).where((studies.c.title == study_name) | (studies.c.id == study_name))
-    ).one_or_none()
-    if study is not None and not run_name:
-        return Target(name=study.title, study=study.id)
-    if study is not None:
-        found = connection.execute(
-            select(runs)
-            .where(runs.c.study_id == study.id)
-            .where((runs.c.label == run_name) | runs.c.key.startswith(run_name, autoescape=True))
-        ).all()
-        if len(found) == 1:
-            return Target(name=f"{found[0].label}@{study.title}", study=study.id, run=found[0].key)
-        what = "no run" if not found else f"{len(found)} runs"
-        raise HRSError(f"study {study.title} has {what} named {run_name}: see 'hrs queue show {study.title}'")
-    keys = connection.execute(select(stages.c.key).where(stages.c.key.startswith(name, autoescape=True)).limit(2)).all()
-    if len(keys) == 1:
-        return Target(name=keys[0].key, stage=keys[0].key)
-    if keys:
-        raise HRSError(f"more than one stage has a key that begins with {name}: give more of it")
-    titles = ", ".join(connection.execute(select(studies.c.title).order_by(studies.c.title).limit(5)).scalars())
-    known = f"studies are {titles}" if titles else "the queue is empty"
-    raise HRSError(f"nothing in the queue is named {name}: {known}; runs are RUN@STUDY, stages have keys")
 
 
 def open_queue(root: Path) -> Queue:

@@ -1,8 +1,10 @@
-"""What is submitted to the queue: studies, runs and stages as plain values."""
+"""What the queue takes and gives: studies, runs, stages, claims and attempts as plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from hrs.queue.states import Wanted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,3 +75,32 @@ class Submitted:
     """Stages that were known, but are not finished."""
     finished: int
     """Stages whose result is there already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """The right to work on one stage until it is given back or taken away."""
+
+    attempt: int
+    token: int
+    stage: StageSpec
+    rung: int
+    """How often the stage has run out of memory: the step of the ladder that this attempt is on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """An attempt that has not ended."""
+
+    claim: Claim
+    worker: str
+    host: str
+    pid: int
+    device: str
+    reserved: Resources
+    claimed: float
+    """Seconds since the epoch."""
+    beats: int
+    """Renewals so far."""
+    progress: dict[str, Any] | None
+    wanted: Wanted

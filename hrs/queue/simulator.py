@@ -12,8 +12,8 @@ from sqlalchemy import URL
 
 from hrs.queue.admission import Decision, Host, Placement, Tenant, admit
 from hrs.queue.database import Database
-from hrs.queue.queue import Claim, Queue
-from hrs.queue.records import StageSpec, StudySpec
+from hrs.queue.queue import Queue
+from hrs.queue.records import Claim, StageSpec, StudySpec
 from hrs.queue.states import Outcome
 
 Admission = Callable[[Sequence[StageSpec], Sequence[Host], Sequence[Tenant], float], Decision]

@@ -6,9 +6,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
 
-from hrs.queue.queue import Queue, Target
+from hrs.queue.queue import Queue
 from hrs.queue.schema import attempts, events, inputs, members, runs, stages, studies
 from hrs.queue.states import SETTLED, State, Wanted
+from hrs.queue.targets import Target
 from hrs.queue.transitions import AGEING_SECONDS
 
 _VERBS = {Wanted.PAUSE: "pause", Wanted.CANCEL: "cancel"}

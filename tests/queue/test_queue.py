@@ -65,6 +65,14 @@ def test_a_study_is_submitted_twice_without_effect(queue: Queue) -> None:
     assert (again.new, again.shared) == (0, 4)
 
 
+def test_submitting_lets_a_study_run_again_with_all_its_stages(queue: Queue) -> None:
+    queue.submit(study("s", "a"))
+    queue.want(Wanted.PAUSE, queue.target("s"))
+    queue.submit(study("s", "b"), extend=True)
+    assert State.PAUSED not in states(queue).values()
+    assert states(queue)["train-a"] == State.WAITING
+
+
 def test_a_title_is_extended_or_refused_and_never_replaced(queue: Queue) -> None:
     queue.submit(study("s", "a"))
     with pytest.raises(HRSError, match="study 's' exists with other runs"):

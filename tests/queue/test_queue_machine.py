@@ -18,9 +18,11 @@ from queue_studies import Clock, study
 from sqlalchemy import URL, select
 
 from hrs.queue.database import Database
-from hrs.queue.queue import Claim, LeaseLost, Queue, Target
+from hrs.queue.queue import LeaseLost, Queue
+from hrs.queue.records import Claim
 from hrs.queue.schema import attempts, inputs, members, runs, stages, studies
 from hrs.queue.states import SETTLED, Outcome, State, Wanted
+from hrs.queue.targets import Target
 
 NAMES = st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True)
 
