@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hrs import cli_queue
+from hrs import cli_queue, cli_storage
+from hrs.cli_storage import StudyName
 from hrs.config import ExperimentConfig, parse_assignments
 from hrs.config.checks import LARGEST_SEED, LARGEST_SIZE
 from hrs.errors import HRSError
@@ -49,13 +50,6 @@ def _complete_model(incomplete: str) -> list[str]:
     return model_names(open_storage(writable=False), incomplete)
 
 
-def _complete_study(incomplete: str) -> list[str]:
-    from hrs.storage import open_storage
-    from hrs.tracking import Tracker
-
-    return [name for name in Tracker(open_storage(writable=False)).studies() if name.startswith(incomplete)]
-
-
 def _complete_preset(incomplete: str) -> list[str]:
     return [name for name in PRESETS if name.startswith(incomplete)]
 
@@ -76,7 +70,6 @@ PresetName = Annotated[str, typer.Argument(autocompletion=_complete_preset, help
 NamedStudy = Annotated[
     str, typer.Argument(autocompletion=_complete_named_study, help="A named list of presets, such as v1.")
 ]
-StudyName = Annotated[str, typer.Argument(autocompletion=_complete_study, help="The study's name, such as v1-tiny.")]
 
 
 @app.callback()
@@ -391,37 +384,8 @@ def serve(
     serve_model(parse_settings(values), host, port, allow_anonymous=allow_anonymous)
 
 
-@app.command()
-def report(
-    study: StudyName,
-    code_version: Annotated[
-        str | None, typer.Option(help="Runs of an earlier code version instead of the newest one's.")
-    ] = None,
-) -> None:
-    """Print a study's table and write its page again from what was tracked."""
-    from hrs.cluster.pages import study_table, write_page
-    from hrs.storage import open_storage
-    from hrs.tracking import Tracker
-
-    storage = open_storage(writable=False)
-    tracker = Tracker(storage)
-    records = tracker.study_records(study, code_version=code_version)
-    print(study_table(records), flush=True)
-    print(write_page(study, records, tracker, storage))
-
-
-@app.command()
-def runs(
-    study: Annotated[
-        str | None, typer.Argument(autocompletion=_complete_study, help="Only the runs of this study.")
-    ] = None,
-    last: Annotated[int, typer.Option(min=0, help="Only so many of the newest; 0 for all.")] = 50,
-) -> None:
-    """List runs with their keys, presets, scores and sizes."""
-    from hrs.cluster.listing import list_runs
-    from hrs.storage import open_storage
-
-    print(list_runs(open_storage(writable=False), study, last))
+for _command in (cli_storage.report, cli_storage.runs, cli_storage.clean):
+    app.command()(_command)
 
 
 @app.command()

@@ -21,7 +21,15 @@ from hrs.cluster.hardware import announced_nodes
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-LAUNCHER_ONLY = {"hrs.cli", "hrs.cli_queue", "hrs.cluster", "hrs.queue", "hrs.tracking", "hrs.verify"}
+LAUNCHER_ONLY = {
+    "hrs.cli",
+    "hrs.cli_queue",
+    "hrs.cli_storage",
+    "hrs.cluster",
+    "hrs.queue",
+    "hrs.tracking",
+    "hrs.verify",
+}
 """The rooms below hrs/ that may know Ray or MLflow."""
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hrs.errors import HRSError
+from hrs.tracking.owner import claim_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 """The folder above the ``hrs`` that is imported: the repository, or its uploaded copy."""
@@ -46,7 +47,9 @@ def private_environment() -> dict[str, str]:
 
 def private_folder() -> Path:
     """Make a folder for a Ray's files that only this user can enter."""
-    return Path(tempfile.mkdtemp(prefix="hrs-", dir="/tmp"))  # unix sockets allow a path of 107 bytes
+    folder = Path(tempfile.mkdtemp(prefix="hrs-", dir="/tmp"))  # unix sockets allow a path of 107 bytes
+    claim_folder(folder)
+    return folder
 
 
 def ray_folder(folder: Path) -> Path:

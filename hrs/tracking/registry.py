@@ -201,6 +201,12 @@ def resolve_model(storage: Storage, source: str | Path) -> Path:
     return folder / place
 
 
+def registered_runs(storage: Storage) -> set[str]:
+    """Return the keys of the runs that the registry names."""
+    client, _ = connect(storage)
+    return {version.tags["hrs.run_key"] for version in client.search_model_versions() if "hrs.run_key" in version.tags}
+
+
 def _version_of(client: "MlflowClient", text: str) -> "ModelVersion":
     matched = re.fullmatch(r"([^@/]+)(?:@(.+)|/(\d+))", text.removeprefix(PREFIX))
     if matched is None:

@@ -305,6 +305,15 @@ class Tracker:
         """Return the runs of these keys, or all that there are, as MLflow has them; the oldest first."""
         return self._history.by_tag("hrs.run_key", keys)
 
+    def listed(self, study: str, *, newest_code: bool) -> set[str]:
+        """Return the keys of the runs that a study lists, of all code or of the newest only.
+
+        Raises:
+            HRSError: if there is no such study, or its list is out of reach.
+        """
+        planned, versions = self._versions(study)
+        return set(keys_of_version(study, planned, versions, None) if newest_code else planned)
+
     def last_value(self, key: str, metric: str) -> float:
         """Return the value of a metric at its last step; NaN if there is none, or no run of ``key``."""
         run = self._find(key)
