@@ -24,7 +24,7 @@ from hrs.export import ExportResult, export, format_result, open_model, open_tex
 from hrs.files import write_whole
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
-from hrs.tracking.naming import find_model
+from hrs.tracking.naming import best_run, find_model
 from jobs.entry import run_entry
 from jobs.options import Parser, file, whole
 
@@ -77,8 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     storage = open_storage()
     preflight(storage)
     tracker = Tracker(storage)
-    directory = find_model(storage, options.source).resolve()
-    print(f"model: {directory}")
+    if not Path(options.source).exists() and options.source in tracker.studies():
+        best = best_run(options.source, tracker.study_records(options.source, with_history=False))
+        print(f"best causal run: {best.preset}/{best.seed}, {best.metrics['bits_per_byte']:.4f} bits per byte")
+        directory = storage.run(best.key)
+    else:
+        directory = find_model(storage, options.source).resolve()
     target = (options.output or directory / FILE).resolve()
 
     gpus = float(offers_gpus(connect(storage)))
