@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from hrs.config import PeerConfig
+from hrs.nn import recycled_memory
 from hrs.nn.expert_retrieval import retrieve, retrieve_naive
 from hrs.nn.peer import Peer
 from hrs.training.memory_trace import StorageCounter, peak
@@ -102,6 +103,7 @@ def memory_of(variant: str, args: argparse.Namespace) -> tuple[int, int | None]:
     layer = build(variant, args)
     one_pass(layer, variant, *inputs(args, tokens=8))  # loads libraries and makes lasting buffers
     layer.zero_grad()
+    recycled_memory.release()
     x, direction = inputs(args, args.tokens)
     before = psutil.Process().memory_info().rss
     one_pass(layer, variant, x, direction)
@@ -121,7 +123,7 @@ def memory_of(variant: str, args: argparse.Namespace) -> tuple[int, int | None]:
 
 def measured_memory(variant: str, args: argparse.Namespace) -> list[int]:
     shape = (f"--{name.replace('_', '-')}={getattr(args, name)}" for name in SHAPE)
-    command = [sys.executable, __file__, f"--memory-of={variant}", *shape]
+    command = [sys.executable, "-m", "benchmarks.peer", f"--memory-of={variant}", *shape]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return [int(number) for number in printed if number != "None"]
 

@@ -50,3 +50,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, *, most: int | None = None
     lent = memory[:n_bytes]
     weakref.finalize(lent, free.append, memory).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)
+
+
+def release() -> None:
+    """Give back to the system what no tensor uses."""
+    with _lock:
+        _free.clear()

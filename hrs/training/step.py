@@ -10,6 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 from hrs.config import TrainingConfig
 from hrs.gpu import explain, gpu_of, is_gone
 from hrs.models.base import LanguageModel, WindowContext
+from hrs.nn import recycled_memory
 from hrs.training.loss import Chunking, chunking_for, cross_entropy
 from hrs.training.loss_scale import LossScale
 from hrs.training.optimizer import clip_gradients, gradient_norm
@@ -179,6 +180,7 @@ class Stepper:
             # Outside the except block: the exception's traceback keeps the activations alive.
             self.optimizer.zero_grad(set_to_none=True)
             self.model.drop_observations()
+            recycled_memory.release()
             gpu = gpu_of(self.device)
             if gpu is not None:
                 gpu.release_cached_memory()

@@ -70,6 +70,15 @@ def test_only_the_sizes_asked_for_last_are_kept() -> None:
     assert [size // 32 for size in recycled_memory._free] == [3, 4, 1, 5]
 
 
+def test_released_memory_is_neither_kept_nor_taken_from_its_users() -> None:
+    used, unused = new().fill_(1.0), new()
+    del unused
+    recycled_memory.release()
+    assert not recycled_memory._free
+    new().fill_(2.0)
+    assert (used == 1.0).all()
+
+
 def test_small_results_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycled_memory, "LARGE_BYTES", 2**20)
     new()
