@@ -27,6 +27,7 @@ from hrs.data import open_tokens
 from hrs.generation import Sampling, generate_text
 from hrs.models import build_model
 from hrs.presets import experiment
+from hrs.retrieval.engrams import model_fingerprint
 from hrs.training import load_model
 from hrs.training.checkpoint import config_as_json
 from hrs.training.checkpoint_writer import save_checkpoint
@@ -519,8 +520,9 @@ def test_a_mistake_is_one_sentence_before_anything_starts(run_directory: Path, s
     assert said(str(tmp_path / "nothing")).startswith("error: there is no model at")
     assert "slots: Input should be greater than or equal to 1" in said(str(tmp_path), "--slots", "0")
     assert said(str(run_directory), "--port", "99999").startswith("error: Invalid value for '--port'")
-    (folder,) = storage.glob("engrams/*-served")
     shutil.copytree(storage, tmp_path, dirs_exist_ok=True)
-    manifest = next((tmp_path / folder.relative_to(storage) / "store").glob("*.json"))
+    model, _ = load_model(run_directory)
+    manifest = tmp_path / "engrams" / f"{model_fingerprint(model)}-served" / "store" / "manifest.json"
+    manifest.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_text("{")
     assert said(str(run_directory)).startswith(f"error: engram store {manifest.parent} has a damaged or missing file")
