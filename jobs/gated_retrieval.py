@@ -37,7 +37,7 @@ from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker
 from jobs.entry import run_entry
 from jobs.measuring import Measurement, Subject, find_model, open_subject, tell, track
-from jobs.options import Parser, number, whole
+from jobs.options import Parser, number
 
 STUDY = "gated_retrieval"
 MODES: tuple[Mode, ...] = ("text", "slots")
@@ -63,17 +63,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     gate = parser.add_mutually_exclusive_group()
     gate.add_argument(
         "--quantile",
-        type=number(0.0, 1.0),
+        type=float,
         default=QUANTILE,
         help=f"of entropy on validation text, for the gate ({QUANTILE})",
     )
     gate.add_argument("--threshold", type=number(0.0, 1e6), metavar="BITS", help="a fixed threshold, without a release")
-    parser.add_argument("--documents", type=whole(1), metavar="N", help="only the first N documents (default all)")
+    parser.add_argument("--documents", type=int, metavar="N", help="only the first N documents (default all)")
     for name, kind, what in (
-        ("k", whole(1), "memories per firing, at most"),
-        ("hold", whole(1), "tokens that they are read for"),
-        ("context-tokens", whole(1), "tokens of retrieved text, at most"),
-        ("min-similarity", number(-1.0, 1.0), "cosine below which a memory is left where it is"),
+        ("k", int, "memories per firing, at most"),
+        ("hold", int, "tokens that they are read for"),
+        ("context-tokens", int, "tokens of retrieved text, at most"),
+        ("min-similarity", float, "cosine below which a memory is left where it is"),
     ):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"{what} (default {value})")

@@ -100,13 +100,15 @@ def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, monke
         (["s", "--quantile", "2"], "quantile of a gate must lie between 0 and 1"),
         (["s", "--documents", "0"], "1 document or more"),
         (["s", "--hold", "0"], "hold must be"),
+        (["s", "--quantile", "nan"], "quantile of a gate must lie between 0 and 1"),
+        (["s", "--threshold", "nan"], "--threshold: must be a number"),
         (["nothing"], "no path, study or run has the name 'nothing'"),
         ([str(tmp_path / "nothing")], "there is no model at "),
         (["mlflow:hrs@champion"], "there is no registered model 'hrs'"),
     ):
         with pytest.raises(HRSError, match=said):
             gated_retrieval.main(arguments)
-    with pytest.raises(SystemExit):
+    with pytest.raises(HRSError, match="--quantile: not allowed with argument --threshold"):
         gated_retrieval.parse(["s", "--threshold", "4", "--quantile", "0.9"])
 
 

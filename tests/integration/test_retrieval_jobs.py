@@ -115,9 +115,9 @@ def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, monke
             main("nothing")
         with pytest.raises(HRSError, match="there is no registered model 'hrs'"):
             main("mlflow:hrs@champion")
-    with pytest.raises(HRSError, match="--keep-above must be a quantile"):
+    with pytest.raises(HRSError, match="--keep-above: must be a number between 0 and"):
         populate_store.main([str(tmp_path), "train", "--keep-above", "1"])
     with pytest.raises(HRSError, match="--condition both fills two stores"):
         populate_store.main([str(tmp_path), "train", "--condition", "both", "--store", "x"])
-    with pytest.raises(HRSError, match="--depths must be numbers with commas between them"):
+    with pytest.raises(HRSError, match="--depths: must be a number between 0 and 1"):
         needle.main([str(tmp_path), "--depths", "0,middle"])

@@ -88,9 +88,9 @@ def test_a_study_is_measured_at_both_scales_beside_its_controls_and_tracked(
 
 def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HRS_STORAGE", str(tmp_path))
-    with pytest.raises(HRSError, match="--seeds and --draws must be at least 1, got 0 and 10"):
+    with pytest.raises(HRSError, match="--seeds: must lie between 1 and 10,000, got 0"):
         topic_study.main(["s", "--seeds", "0"])
-    with pytest.raises(HRSError, match="there is no study 'nothing'"):
+    with pytest.raises(HRSError, match="no path, study or run has the name 'nothing'"):
         topic_study.main(["nothing"])
 
 
