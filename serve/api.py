@@ -117,5 +117,7 @@ def _model(backend: Backend) -> dict[str, Any]:
             "context": card.context,
             "width": card.width,
             "vocabulary": card.vocab_size,
+            "threshold_bits": card.threshold_bits,
+            "entropy_quantiles": list(card.entropy_quantiles) or None,
         },
     }

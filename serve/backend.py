@@ -28,6 +28,10 @@ class ModelCard:
     context: int
     width: int
     vocab_size: int
+    threshold_bits: float | None = None
+    """Rolling entropy above which memories are looked up if a request does not say; None if it must."""
+    entropy_quantiles: tuple[float, ...] = ()
+    """[101], bits of a token's entropy at quantiles 0, 0.01, ..., 1 on validation text; empty if never measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,6 +73,8 @@ class LocalBackend:
             context=model.max_seq_len,
             width=model.d_model,
             vocab_size=model.vocab_size,
+            threshold_bits=_threshold(settings, calibration),
+            entropy_quantiles=() if calibration is None else calibration.token_quantiles,
         )
         self._calibration, self._slots = calibration, slots
         self._spaces = Spaces(model, opened.tokenizer, folder, settings)
@@ -194,3 +196,9 @@ class LocalBackend:
         """Stop the engine. The backend cannot be used any more."""
         self._stop_publishing()
         self._engine.close()
+
+
+def _threshold(settings: Settings, calibration: Calibration | None) -> float | None:
+    if settings.retrieval_threshold_bits is not None or calibration is None:
+        return settings.retrieval_threshold_bits
+    return calibration.threshold_bits

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -177,6 +178,51 @@ def test_tokens_come_in_the_colour_of_their_entropy(site, visit: Callable) -> No
     number = page.locator(".token").first.evaluate("e => getComputedStyle(e, '::after').content")
     assert number == f'"{shown[0][0]:.2f}"'
 
+    page.locator(".token").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    panel, second = page.locator("#token-panel"), page.locator(".token").nth(1)
+    expect(second).to_be_focused()
+    expect(panel).to_contain_text(re.compile(r"likeliest: (“.+” [\d.]+ %, ){4}"))
+    so_far = "The wave" + "".join(page.locator(".token").evaluate_all("all => all.slice(0, 2).map(e => e.textContent)"))
+    panel.get_by_role("button", name="Continue from here").press("Enter")
+    expect(page.locator("#prompt")).to_have_value(so_far)
+    expect(panel).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_a_chat_its_curl_and_a_history_that_survives_a_reload(site, visit: Callable) -> None:
+    page = ready(visit(site.url))
+    fill(page, top_k=5, min_p=0.01, repetition_penalty=1.2, stop_at="zzz")
+    page.locator("#as-chat").press("Enter")
+    write(page, prompt="it's the wave", seed=4, max_tokens=12)
+    extra = {"hrs": {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.2}}
+    messages = [{"role": "user", "content": "it's the wave"}]
+    asked = {"model": "tiny", "messages": messages, "seed": 4, "max_tokens": 12, "stop": "zzz"}
+    answer = site.client().chat.completions.create(**asked, extra_body=extra).choices[0].message.content
+    assert "".join(page.locator("#text .token").evaluate_all("all => all.map(e => e.textContent)")) == answer
+    expect(page.locator("#prompt")).to_have_value("")
+
+    fill(page, prompt="and it's")
+    page.locator("#as-curl").press("Enter")
+    command = page.locator("#curl").inner_text()
+    page.keyboard.press("Escape")
+    sent = json.loads(shlex.split(command)[-1])
+    assert [m["content"] for m in sent["messages"]] == ["it's the wave", answer, "and it's"]
+    assert (sent["hrs"]["top_k"], sent["stop"], shlex.split(command)[2]) == (
+        5,
+        "zzz",
+        f"{site.url}/v1/chat/completions",
+    )
+
+    page.reload()
+    ready(page)
+    page.locator("#past summary").press("Enter")
+    page.get_by_role("button", name="Use again: it's the wave").press("Enter")
+    expect(page.locator("#prompt")).to_have_value("it's the wave")
+    expect(page.locator("#top_k")).to_have_value("5")
+    expect(page.locator("#text")).to_contain_text(answer)
+
 
 def entropies_by_text(chunks: list) -> list[list[float]]:
     """Of each chunk with text: of its token, and of those before it that had none yet."""
@@ -247,6 +293,16 @@ def test_look_ups_are_marks_that_open_by_keyboard(site, visit: Callable) -> None
     expect(panel).to_be_hidden()
     expect(mark).to_be_focused()
 
+    expect(page.locator("#threshold-told")).to_contain_text("above 0.00 bits, as this server is set")
+    page.locator("#compare").check()
+    write(page, prompt="The", seed=1, max_tokens=30, k=2)
+    plain = httpx.post(f"{site.url}/v1/completions", json={k: v for k, v in body.items() if k != "hrs"}).json()
+    for side, text in (("#text", None), ("#other-text", plain["choices"][0]["text"])):
+        written = "".join(page.locator(f"{side} .token").evaluate_all("all => all.map(e => e.textContent)"))
+        assert written and (text is None or written == text)
+    expect(page.locator("#text .mark")).to_have_count(len(events))
+    expect(page.locator("#other-text .mark")).to_have_count(0)
+
 
 # ---- topics and memories ---------------------------------------------------------------------------------------------
 
@@ -312,6 +368,13 @@ def test_memories_are_added_listed_found_and_deleted(site, visit: Callable) -> N
     page.locator("#query").fill("")
     page.locator("#query").press("Enter")
     expect(items.first).to_contain_text("wave 24")
+
+    lines = "".join(json.dumps({"text": f"imported {i}"}) + "\n" for i in range(18))
+    page.locator("#import").set_input_files({"name": "a.jsonl", "mimeType": "text/plain", "buffer": lines.encode()})
+    expect(page.locator("#memories-status")).to_contain_text("43 remembered")
+    expect(items.first).to_contain_text("imported 17")
+    page.locator("#import").set_input_files({"name": "b.jsonl", "mimeType": "text/plain", "buffer": b"no"})
+    expect(page.locator("#memories-error")).to_contain_text("b.jsonl is not JSON Lines")
 
 
 @pytest.mark.slow
@@ -384,8 +447,11 @@ def test_the_key_is_asked_for_and_kept_in_the_tab_only(
         expect(page.locator("#connection")).to_be_hidden()
         write(page, prompt="The", max_tokens=3, temperature=0)
         expect(page.locator(".token").first).to_be_visible()
-        kept = "[...Object.values(sessionStorage), '|', ...Object.values(localStorage), document.cookie, location.href]"
-        assert page.evaluate(kept) == ["right-key", "|", "", f"{endpoint.url}/"]
+        kept = (
+            "[...Object.entries(sessionStorage).filter(([name, value]) => value.includes('right')).flat(), '|',"
+            " ...Object.values(localStorage), document.cookie, location.href]"
+        )
+        assert page.evaluate(kept) == ["hrs-api-key", "right-key", "|", "", f"{endpoint.url}/"]
         page.reload()
         ready(page)
         other = visit(endpoint.url)
@@ -446,7 +512,8 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
         if self.path == "/":
             self._send(200, "text/html", PLAYGROUND.read_bytes())
         elif self.path == "/v1/models":
-            hrs = {"causal": True, "parameters": 1, "context": 8, "fingerprint": "0"}
+            hrs = {"causal": True, "parameters": 1, "context": 8, "fingerprint": "0", "threshold_bits": 4.2}
+            hrs["entropy_quantiles"] = [i / 20 for i in range(101)]
             self._send(200, "application/json", json.dumps({"data": [{"id": "tiny", "hrs": hrs}]}).encode())
         else:
             self._send(502, "text/html", b"<h1>Bad gateway</h1>")
@@ -482,6 +549,13 @@ def test_what_comes_in_pieces_and_ends_early_is_shown_and_told(visit: Callable) 
         assert page.locator("#text").evaluate("e => e.textContent") == "The \u00fc\n\n\U0001f30a"
         expect(page.locator("#ask-error")).to_contain_text("The reply broke off before its end")
         expect(page.locator("#status")).to_have_text("Failed, after 1 token.")
+        level = page.locator(".token").evaluate("e => e.style.getPropertyValue('--level')")
+        assert (
+            level == "4"
+        )  # 2.5 bits lie above 4 of the 8 bounds between ninths of this model's entropies: 0.55 to 2.2
+        expect(page.locator("#cells")).to_have_text("00.61.11.62.22.83.43.94.5+")
+        page.locator("#retrieval").check()
+        expect(page.locator("#threshold-told")).to_contain_text("above 4.20 bits, calibrated on validation text")
         server.shutdown()
 
 
@@ -518,7 +592,10 @@ def test_everything_is_reached_by_keyboard_in_order_and_has_a_name(site, visit: 
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("and")
     expect(page.locator("#prompt")).to_have_value("The wave\nand")
-    order = "generate numbers model max_tokens seed temperature top_p topical retrieval mode k threshold_bits"
+    order = (
+        "generate as-curl numbers model max_tokens seed temperature top_p top_k min_p repetition_penalty stop_at "
+        "topical retrieval mode k threshold_bits"
+    )
     steps = []
     for name in order.split():
         page.keyboard.press("Tab")
@@ -545,7 +622,7 @@ def test_everything_is_reached_by_keyboard_in_order_and_has_a_name(site, visit: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 700, 1000, 1400])
+@pytest.mark.parametrize("width", [360, 390, 1000, 1400])
 def test_no_width_scrolls_sideways(site, visit: Callable, width: int) -> None:
     remember(site.url, "w" * 60, topic="auto")
     remember(site.url, TEXTS[0], source="s" * 200)
@@ -562,6 +639,14 @@ def test_no_width_scrolls_sideways(site, visit: Callable, width: int) -> None:
         assert outside == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.locator("#numbers").check()
+    if width < 960:
+        small = page.locator("button, input, select, summary, .check, .jump a").locator("visible=true").evaluate_all(
+            "all => all.filter(e => !e.closest('.check') || e.matches('.check')).filter(e => !e.matches('.mark'))"
+            ".filter(e => e.getBoundingClientRect().height < 44).map(e => e.outerHTML)"
+        )  # fmt: skip
+        assert small == []
+        page.get_by_role("link", name="Settings").click()
+        expect(page.locator("#settings-head")).to_be_in_viewport()
 
 
 @pytest.mark.slow

@@ -171,6 +171,7 @@ def test_models(endpoint) -> None:
     assert client.models.retrieve("tiny") == model
     assert model.id == "tiny"
     assert model.hrs["causal"] is True
+    assert (model.hrs["threshold_bits"], model.hrs["entropy_quantiles"]) == (None, None)
     assert model.hrs["context"] == 64
 
 
