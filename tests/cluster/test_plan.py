@@ -476,7 +476,7 @@ def test_peaks_are_found_by_name_or_generation(name: str, tera_flops: float) -> 
 
 def test_the_estimate_knows_of_compiling_and_of_micro_batches(tmp_path: Path) -> None:
     """Tiny runs wait for launches, of which a compiled model makes fewer and ever smaller micro-batches more."""
-    config = experiment("dense_baseline", "tiny")
+    config = experiment("dense_baseline", "tiny", overrides={"training.steps": 100_000})  # evaluation takes no time
     pool, storage = Hardware(cpus=8, nodes=(machine(16, cpus=8),)).pools[0], Storage(tmp_path)
 
     def minutes(micro_batch: int, runtime: Runtime) -> float:
