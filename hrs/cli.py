@@ -237,7 +237,7 @@ def evaluate(
     from hrs.storage import open_storage
 
     require_split(split)  # now, not after the model is read
-    tokens = open_storage().tokens
+    tokens = open_storage(writable=False).tokens
     opened = open_model(model, tokens)
     config, other = opened.config, None if corpus is None else absolute_corpus(corpus)
     result = run_evaluation(
@@ -321,7 +321,7 @@ def generate(
     if not 1 <= samples <= LARGEST_SIZE:
         raise HRSError(f"samples must be at least 1 and at most {LARGEST_SIZE:,}, got {samples}")
     prompts = [*(prompt or []), *map(read_prompt, prompt_file or [])] or [""]
-    opened = open_model(model, open_storage().tokens)
+    opened = open_model(model, open_storage(writable=False).tokens)
     if opened.causal is False:
         sentence = "this model is not causal: it was trained to see the future, which is not there to continue"
         print(f"warning: {sentence} (hrs audit tells more)", file=sys.stderr)

@@ -1,8 +1,12 @@
 """Commands on what a storage holds: a study's report, the list of runs, what can be removed."""
 
+import errno
+import sys
 from typing import Annotated
 
 import typer
+
+from hrs.errors import HRSError
 
 
 def complete_study(incomplete: str) -> list[str]:
@@ -31,7 +35,12 @@ def report(
     tracker = Tracker(storage)
     records = tracker.study_records(study, code_version=code_version)
     print(study_table(records), flush=True)
-    print(write_page(study, records, tracker, storage))
+    try:
+        print(write_page(study, records, tracker, storage))
+    except HRSError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"the page is as it was: {error}", file=sys.stderr)  # reading was what could be asked of it
 
 
 def runs(

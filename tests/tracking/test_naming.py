@@ -1,5 +1,6 @@
 """Names in place of paths: each kind finds its run, and what is unknown or ambiguous is answered with candidates."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -123,3 +124,15 @@ def test_runs_are_listed_with_their_scores_and_sizes(named: Storage) -> None:
     assert folder_bytes(named.run(KEYS[0])) == 2**20
     with pytest.raises(HRSError, match="no runs"):
         list_runs(Storage(named.root / "empty"))
+
+
+def test_a_read_only_storage_is_reported(named: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setenv("HRS_STORAGE", str(named.root))
+    monkeypatch.setattr("hrs.storage.os.access", lambda path, mode: False)
+    monkeypatch.setattr("hrs.cluster.pages.write_report", refuse)
+    ended = CliRunner().invoke(app, ["report", "v1-tiny"])
+    assert ended.exit_code == 0, ended.output
+    assert "dense_baseline" in ended.output and "the page is as it was" in ended.output
