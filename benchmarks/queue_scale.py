@@ -1,6 +1,6 @@
 """How long the queue takes with many stages in it: submit, list what can be claimed, claim, renew, finish.
 
-    python -m benchmarks.queue --stages 10000
+    python -m benchmarks.queue_scale --stages 10000
 
 A study of runs with three stages each over one shared stage, on SQLite below a temporary folder, or on the database
 that ``--url`` names. Prints milliseconds per call (median and 99th percentile) and the growth of resident memory.
