@@ -330,6 +330,33 @@ def generate(
 
 
 @app.command()
+def topics(
+    model: Model,
+    corpus: Annotated[
+        str | None, typer.Option(help="Other text than the model's own, in its tokenizer; like --corpus of train.")
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Block whose output engrams are means of, as memory_block of serve; default none."),
+    ] = None,
+) -> None:
+    """Fit topics to a model on its validation text, say how well they separate, and keep the fit for serve."""
+    from hrs.export import open_model, open_text
+    from hrs.retrieval.topics.fit import fit_path, fit_topics
+    from hrs.storage import open_storage
+    from hrs.training import Runtime
+
+    storage = open_storage()
+    opened = open_model(model, storage.tokens)
+    text = open_text(opened, storage.tokens, corpus).validation
+    fit = fit_topics(opened.model.to(Runtime().torch_device()), text, block=block)
+    fit.save(fit_path(model))
+    print(f"topics: {fit.sentence()}")
+    print(f"serve:  {'on' if (why := fit.why_off()) is None else f'off, {why}'}")
+    print(f"kept:   {fit_path(model)}")
+
+
+@app.command()
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",

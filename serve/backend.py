@@ -132,6 +132,9 @@ class Backend(Protocol):
 
     async def topics(self, space: str) -> list[dict[str, Any]]: ...
 
+    def topic_fit(self) -> dict[str, Any]:
+        """Whether prompts are sorted into topics, how well that works, and why not if they are not."""
+
     async def change_topic(self, space: str, number: str, change: TopicChange) -> dict[str, Any] | None: ...
 
     async def check(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from serve.opening import make_private, memory_folder, print_warning, resolve
 from serve.placement import place_replicas, visible_devices
 from serve.settings import Settings, most_texts, read_api_keys
 from serve.spaces import Spaces
+from serve.topic_state import TopicState, keep_fit, topic_state
 
 _RAY_SERVE = {
     # Messages of replies come by gRPC straight from the replica, and not as objects of Ray.
@@ -68,7 +69,9 @@ def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bo
         opened = open_model(path, storage.tokens)
         folder = memory_folder(storage, opened)
         make_private(folder)
-        spaces = Spaces(opened.model, opened.tokenizer, folder, settings)
+        topics = topic_state(opened, path, settings, storage, folder)
+        keep_fit(topics, folder)
+        spaces = Spaces(opened.model, opened.tokenizer, folder, settings, topics)
         for space in Keys(keys).spaces():
             spaces.of(space).topics()
         placement = place_replicas(settings, opened)
@@ -99,7 +102,7 @@ def serve_model(settings: Settings, host: str, port: int, *, allow_anonymous: bo
         settings = settings.model_copy(update={"allowed_origins": []})  # the front answers browsers
         stop_publishing = keep_published(metrics, folder / "replicas")
         try:
-            _serve(settings, bound, host_and_port(host, port), causal, front, n_gpus=len(placement.gpus))
+            _serve(settings, bound, host_and_port(host, port), causal, topics, front, n_gpus=len(placement.gpus))
         except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of a SIGTERM while it starts
             print("stopped:   by a signal, before it was up", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
@@ -112,6 +115,7 @@ def _serve(
     bound: socket.socket,
     where: str,
     causal: bool | None,
+    topics: TopicState,
     front: Callable[..., Front],
     *,
     n_gpus: int,
@@ -142,6 +146,7 @@ def _serve(
             print(f"model:     {settings.name} ({settings.model})", flush=True)
             print_warning(causal)
             print(f"causal:    {_CAUSAL[causal]}", flush=True)
+            print(f"topics:    {topics.line()}", flush=True)
             print(f"endpoint:  http://{where}/v1   (API description: http://{where}/docs)", flush=True)
             print("stop:      Ctrl-C or SIGTERM finishes the running replies, a second one cuts them off", flush=True)
 

@@ -21,11 +21,13 @@ from serve.backend import ModelCard, Request, Scores
 from serve.decoders import RetrievalDecoder
 from serve.engine import Engine, Replies
 from serve.errors import ApiError
+from serve.memories import AUTO_TOPIC
 from serve.metrics import Metrics, keep_published
 from serve.reading import read, score
 from serve.schemas import MemoryRequest, SearchRequest, TopicChange
 from serve.settings import Settings
 from serve.spaces import Spaces
+from serve.topic_state import NO_TOPICS, TopicState
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ class LocalBackend:
         folder: where all replicas of this model keep its memories and leave their figures.
         calibration: of the model's entropies, if they are known.
         slots: what is read of memories by cross-attention, see :class:`hrs.retrieval.retriever.Retriever`.
+        topics: whether prompts are sorted into topics, and how.
         replica: this replica's name among them.
     """
 
@@ -56,6 +59,7 @@ class LocalBackend:
         *,
         calibration: Calibration | None = None,
         slots: SlotMaker | None = None,
+        topics: TopicState = NO_TOPICS,
         replica: str = "0",
     ) -> None:
         model, config = opened.model, opened.config
@@ -76,8 +80,8 @@ class LocalBackend:
             threshold_bits=_threshold(settings, calibration),
             entropy_quantiles=() if calibration is None else calibration.token_quantiles,
         )
-        self._calibration, self._slots = calibration, slots
-        self._spaces = Spaces(model, opened.tokenizer, folder, settings)
+        self._calibration, self._slots, self._topic_state = calibration, slots, topics
+        self._spaces = Spaces(model, opened.tokenizer, folder, settings, topics)
         self.metrics.slots.set(settings.slots)
         self._engine = Engine(
             self._decoder, self._pieces, limit=settings.slots + settings.max_queue, metrics=self.metrics
@@ -115,6 +119,7 @@ class LocalBackend:
         return await self._engine.run(lambda: score(self._model, ids, n_best))
 
     async def topic_context(self, space: str, prompt: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
+        self._topic_state.require("hrs.topics")
         segment = prompt[-self.card.context :]
         text = self.decode(segment).decode(errors="ignore")
         (reading,) = await self._engine.run(lambda: read(self._model, [segment], self.settings.memory_block))
@@ -128,6 +133,8 @@ class LocalBackend:
         return np.concatenate([await self._engine.run(partial(work, part)) for part in _parts(segments)])
 
     async def add_memories(self, space: str, request: MemoryRequest) -> list[dict[str, Any]]:
+        if request.topic == AUTO_TOPIC:
+            self._topic_state.require("topic")
         texts = [request.input] if isinstance(request.input, str) else request.input
         readings = []
         for part in _parts([self.encode(text) for text in texts]):
@@ -151,6 +158,9 @@ class LocalBackend:
 
     async def topics(self, space: str) -> list[dict[str, Any]]:
         return await asyncio.to_thread(lambda: self._spaces.of(space).topics())
+
+    def topic_fit(self) -> dict[str, Any]:
+        return self._topic_state.document()
 
     async def change_topic(self, space: str, id: str, change: TopicChange) -> dict[str, Any] | None:
         return await asyncio.to_thread(lambda: self._spaces.of(space).change_topic(id, change))

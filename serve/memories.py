@@ -14,6 +14,7 @@ from serve.joint_store import JointStore
 from serve.reading import Reading
 from serve.schemas import MemoryRequest, SearchRequest, TopicChange
 from serve.shared_topics import SharedTopics
+from serve.topic_state import TopicState
 
 AUTO_TOPIC = "auto"
 
@@ -24,10 +25,14 @@ class Memories:
     Args:
         end_id: of the token that ends a text.
         budget: tokens of a topic context that the model reads.
+        state: whether prompts are sorted, and how.
     """
 
-    def __init__(self, store: EngramStore | JointStore, topics: SharedTopics, end_id: int, budget: int) -> None:
+    def __init__(
+        self, store: EngramStore | JointStore, topics: SharedTopics, end_id: int, budget: int, state: TopicState
+    ) -> None:
         self.store, self._topics, self._end_id, self._budget = store, topics, end_id, budget
+        self._topic_state = state
 
     # ---- memories ----------------------------------------------------------------------------------------------------
 
@@ -92,11 +97,16 @@ class Memories:
         return self._topics.change(how)
 
     def topic_context(self, reading: Reading, text: str) -> tuple[list[int], dict[str, Any]]:
-        """What stands before a prompt, and its topic, which it belongs to from now on."""
+        """What stands before a prompt, and its topic, which it belongs to from now on.
+
+        Raises:
+            ApiError: 400 if topics are off.
+        """
+        engram = self._topic_state.require("hrs.topics").centred(reading.engram)
 
         def how(topics: TopicContexts) -> tuple[list[int], Assignment, TopicInfo]:
-            context = topics.context(engram=reading.engram, budget=self._budget)
-            assignment = topics.assign(reading.engram, [*reading.ids, self._end_id], text)
+            context = topics.context(engram=engram, budget=self._budget)
+            assignment = topics.assign(engram, [*reading.ids, self._end_id], text)
             return context, assignment, topics.get(assignment.topic_id)
 
         context, assignment, info = self._topics.change(how)
@@ -119,8 +129,8 @@ class Memories:
     def _topic(self, wanted: str | None, reading: Reading, text: str) -> str | None:
         if wanted != AUTO_TOPIC:
             return wanted
-        ids = [*reading.ids, self._end_id]
-        return self._topics.change(lambda topics: topics.assign(reading.engram, ids, text)).topic_id
+        engram, ids = self._topic_state.require("topic").centred(reading.engram), [*reading.ids, self._end_id]
+        return self._topics.change(lambda topics: topics.assign(engram, ids, text)).topic_id
 
 
 def as_document(memory: Memory) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def memory_routes(backend: Backend) -> APIRouter:
 
     @routes.get("/topics", tags=["topics"])
     async def topics(request: Request) -> dict[str, Any]:
-        """Topics of prompts and memories, the most recent first."""
-        return {"object": "list", "data": await backend.topics(request.state.space)}
+        """Topics of prompts and memories, the most recent first. ``hrs`` says how well the model tells topics apart."""
+        return {"object": "list", "data": await backend.topics(request.state.space), "hrs": backend.topic_fit()}
 
     @routes.post("/topics/{id}", tags=["topics"])
     async def change_topic(id: Id, body: TopicChange, request: Request) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hrs.storage import Storage, open_storage
 from serve.local import LocalBackend
 from serve.placement import replica_device
 from serve.settings import Settings
+from serve.topic_state import topic_state
 
 CALIBRATION_TOKENS = 50_000
 """Validation tokens the gate is calibrated on, at most."""
@@ -51,13 +52,15 @@ def open_backend(settings: Settings, *, replica: str = "0") -> LocalBackend:
     storage = open_storage(settings.storage)
     torch.set_num_threads(settings.threads)
     device = replica_device(settings)
-    opened = open_model(resolve(settings.model, storage), storage.tokens)
+    path = resolve(settings.model, storage)
+    opened = open_model(path, storage.tokens)
     opened.model.to(device)
     folder = memory_folder(storage, opened)
     make_private(folder)
     calibration = gate_of(opened, storage, folder)
     slots = slots_of(opened, storage)
-    return LocalBackend(opened, settings, folder, calibration=calibration, slots=slots, replica=replica)
+    topics = topic_state(opened, path, settings, storage, folder)
+    return LocalBackend(opened, settings, folder, calibration=calibration, slots=slots, topics=topics, replica=replica)
 
 
 def memory_folder(storage: Storage, opened: OpenedModel) -> Path:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hrs.errors import HRSError
 from hrs.files import absolute_path
+from hrs.retrieval.topics.fit import LEAST_AUC
 from serve.origins import require_origins
 
 MOST_OTHERS = 64
@@ -76,6 +77,8 @@ class Settings(BaseModel):
     memory_block: int | None = None
     """The block whose output makes keys of memories, negative from the end; the final states if not given."""
     memory_normalisation: Literal["none", "centred", "whitened"] = "none"
+    topic_least_auc: float = Field(LEAST_AUC, ge=0, le=1)
+    """Topics are off if the model's engrams tell subjects apart less well than that."""
     max_topics: int = Field(256, ge=7)
     """Topics that are kept besides those that users named or switched off; the one used longest ago goes first."""
     retrieval_k: int = Field(1, ge=1, le=32)

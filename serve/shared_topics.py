@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import filelock
 from hrs.errors import HRSError
 from hrs.files import sync
 from hrs.retrieval.topics import TopicContexts, TopicInfo
+from hrs.retrieval.topics.stress_result import Thresholds
 from serve.errors import storing
 
 T = TypeVar("T")
@@ -21,16 +23,19 @@ class SharedTopics:
 
     Args:
         max_topics: what :meth:`TopicContexts.forget` keeps after each change: every change writes all there is.
+        thresholds: that the model was fitted with. Topics that were made with others do not compare: the first change
+            sets them aside, as ``topics.old.json``, and begins anew. None keeps whatever there is.
     """
 
-    def __init__(self, folder: Path, width: int, max_topics: int = 256) -> None:
+    def __init__(self, folder: Path, width: int, max_topics: int = 256, thresholds: Thresholds | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "topics.json"
         self._lock = filelock.FileLock(folder / "topics.lock")
         self._threads = threading.RLock()
         self._max_topics = max_topics
-        self._topics = TopicContexts(width)
-        self._width = width
+        self._thresholds = thresholds
+        self._topics = self._none = TopicContexts(width, **({} if thresholds is None else asdict(thresholds)))
+        self._width, self._superseded = width, False
         self._state: tuple[int, int, int] | None = None
 
     def read(self) -> list[TopicInfo]:
@@ -42,10 +47,13 @@ class SharedTopics:
         """Apply ``how``, alone among all replicas and threads. If it raises, nothing has changed."""
         with self._threads, self._locked():
             topics = self._current()
-            self._topics, self._state = TopicContexts(topics.width), None  # what ``how`` leaves half done is not kept
+            self._topics, self._state = self._none, None  # what ``how`` leaves half done is not kept
             result = how(topics)
             topics.forget(self._max_topics)
             with storing():
+                if self._superseded:
+                    self._path.replace(self._path.with_suffix(".old.json"))
+                    self._superseded = False
                 part = self._path.with_suffix(".part")
                 part.write_text(topics.to_json(), encoding="utf-8")
                 sync(part)
@@ -84,4 +92,6 @@ class SharedTopics:
         topics = TopicContexts.from_json(text)
         if topics.width != self._width:
             raise HRSError(f"they are of width {topics.width} and the model has {self._width}")
-        return topics
+        wanted = self._thresholds
+        self._superseded = wanted is not None and (topics.join, topics.merge) != (wanted.join, wanted.merge)
+        return topics.restarted(wanted.join, wanted.merge) if wanted is not None and self._superseded else topics

@@ -10,11 +10,13 @@ from hrs.files import absolute_path
 from hrs.models import LanguageModel
 from hrs.retrieval.engrams import model_fingerprint
 from hrs.retrieval.store import EngramStore
+from hrs.retrieval.topics.stress_result import Thresholds
 from serve.errors import storing
 from serve.joint_store import JointStore
 from serve.memories import Memories
 from serve.settings import Settings
 from serve.shared_topics import SharedTopics
+from serve.topic_state import NO_TOPICS, TopicState
 
 EVERYBODY = ""
 """The name of the space of an endpoint without keys."""
@@ -33,10 +35,18 @@ class Spaces:
 
     Args:
         folder: of all that the model's endpoints remember.
+        topics: how prompts are sorted, if they are.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, folder: Path, settings: Settings) -> None:
-        self._folder, self._settings = folder, settings
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        folder: Path,
+        settings: Settings,
+        topics: TopicState = NO_TOPICS,
+    ) -> None:
+        self._folder, self._settings, self._topic_state = folder, settings, topics
         self._fingerprint, self._width = model_fingerprint(model), model.d_model
         self._end_id = end_of_text_id(tokenizer)
         self._context_tokens = min(_TOPIC_TOKENS, max(model.max_seq_len // 2, 1))
@@ -59,15 +69,17 @@ class Spaces:
     def _open(self, space: str) -> Memories:
         given = None if self._settings.memories is None else absolute_path(self._settings.memories)
         if space == EVERYBODY:
-            folder, store = self._folder, self._store(given or self._folder / "store")
-            return Memories(store, self._topics(folder), self._end_id, self._context_tokens)
+            return self._memories(self._store(given or self._folder / "store"), self._folder)
         folder = self._folder / "keys" / space
         own = self._store(folder / "store")
         if given is None:
-            return Memories(own, self._topics(folder), self._end_id, self._context_tokens)
+            return self._memories(own, folder)
         if self._common is None:
             self._common = self._store(given)
-        return Memories(JointStore(own, self._common), self._topics(folder), self._end_id, self._context_tokens)
+        return self._memories(JointStore(own, self._common), folder)
+
+    def _memories(self, store: EngramStore | JointStore, folder: Path) -> Memories:
+        return Memories(store, self._topics(folder), self._end_id, self._context_tokens, self._topic_state)
 
     def _store(self, path: Path) -> EngramStore:
         return EngramStore.open(
@@ -79,4 +91,6 @@ class Spaces:
         )
 
     def _topics(self, folder: Path) -> SharedTopics:
-        return SharedTopics(folder, self._width, self._settings.max_topics)
+        fit = self._topic_state.fit
+        thresholds = None if fit is None else Thresholds(join=fit.join, merge=fit.merge)
+        return SharedTopics(folder, self._width, self._settings.max_topics, thresholds)

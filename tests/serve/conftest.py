@@ -17,6 +17,8 @@ from hrs.data import TokenStore
 from hrs.export.opening import OpenedModel
 from hrs.models import build_model
 from hrs.presets import experiment
+from hrs.retrieval.engrams import model_fingerprint
+from hrs.retrieval.topics.fit import TopicFit
 from serve.access import Hosts, Keys
 from serve.address import bind
 from serve.answering import answer
@@ -28,6 +30,7 @@ from serve.listener import Limits
 from serve.local import LocalBackend
 from serve.metrics import Metrics
 from serve.settings import Settings, most_texts, read_api_keys
+from serve.topic_state import TopicState
 
 CONTEXT = 64
 
@@ -98,12 +101,20 @@ def serving(backend: LocalBackend, limits: Limits | None = None) -> Iterator[End
         backend.close()
 
 
+def sorting(opened: OpenedModel, settings: Settings) -> TopicState:
+    """Topics of raw engrams: of random weights' texts the same ones only are near."""
+    mean, fingerprint = (0.0,) * opened.model.d_model, model_fingerprint(opened.model)
+    fit = TopicFit(model=fingerprint, block=None, mean=mean, join=0.5, merge=0.8, auc=0.9, low=0.8, high=1.0,
+                   together=1.0, apart=1.0, n_fitted_documents=4, n_documents=4, piece_tokens=32)  # fmt: skip
+    return TopicState(fit=fit, why_off=fit.why_off(settings.topic_least_auc))
+
+
 def running(
     opened: OpenedModel, folder: Path, limits: Limits | None = None, **changes: object
 ) -> contextlib.AbstractContextManager[Endpoint]:
     """An endpoint of a model."""
     settings = Settings(**{"model": "in memory", "name": "tiny", **changes})
-    return serving(LocalBackend(opened, settings, folder), limits)
+    return serving(LocalBackend(opened, settings, folder, topics=sorting(opened, settings)), limits)
 
 
 @pytest.fixture(name="serving", scope="session")

@@ -308,9 +308,19 @@ def test_look_ups_are_marks_that_open_by_keyboard(site, visit: Callable) -> None
 
 
 @pytest.mark.slow
+def test_topics_that_are_off_cannot_be_asked_for_and_the_reason_is_shown(another: Callable, visit: Callable) -> None:
+    with another(topic_least_auc=0.95) as endpoint:
+        page = ready(visit(endpoint.url))
+        expect(page.locator("#topic-fit")).to_contain_text("Off: this model's engrams")
+        for box in ("#topical", "#sorted"):
+            expect(page.locator(box)).to_be_disabled()
+
+
+@pytest.mark.slow
 def test_topics_are_switched_and_renamed_for_good(site, visit: Callable) -> None:
     (memory,) = remember(site.url, TEXTS[0], topic="auto")
     page = ready(visit(site.url))
+    expect(page.locator("#topic-fit")).to_contain_text("with an AUC of 0.90")
     page.get_by_role("checkbox", name="Use topic").press("Space")
     name = page.get_by_role("textbox", name="Name of topic")
     name.fill("sea & <b>sky</b>")

@@ -231,6 +231,16 @@ class TopicContexts:
             self._aliases = {old: new for old, new in self._aliases.items() if new not in lost}
         return tuple(topic.id for topic in gone)
 
+    def restarted(self, join: float, merge: float) -> "TopicContexts":
+        """Return topics with other thresholds and no prompt, none of which gets an id that one of these had.
+
+        Raises:
+            HRSError: for thresholds that :class:`TopicContexts` refuses.
+        """
+        made = TopicContexts(self.width, join=join, merge=merge, active=self.active, budget=self.budget)
+        made._n_created, made._n_prompts = self._n_created, self._n_prompts
+        return made
+
     # ---- storage -----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
