@@ -137,6 +137,8 @@ class Backend(Protocol):
 
     async def change_topic(self, space: str, number: str, change: TopicChange) -> dict[str, Any] | None: ...
 
+    async def delete_topic(self, space: str, number: str) -> bool: ...
+
     async def check(self) -> dict[str, Any]:
         """Runs the model on a token. Raises ApiError 503 if that cannot be done."""
 

@@ -165,6 +165,9 @@ class LocalBackend:
     async def change_topic(self, space: str, id: str, change: TopicChange) -> dict[str, Any] | None:
         return await asyncio.to_thread(lambda: self._spaces.of(space).change_topic(id, change))
 
+    async def delete_topic(self, space: str, id: str) -> bool:
+        return await asyncio.to_thread(lambda: self._spaces.of(space).delete_topic(id))
+
     # ---- operation ---------------------------------------------------------------------------------------------------
 
     @property

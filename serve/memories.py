@@ -87,7 +87,7 @@ class Memories:
             return None
 
         def how(topics: TopicContexts) -> dict[str, Any]:
-            current = id
+            current = id if change.into is None else topics.join_into(id, change.into)
             if change.enabled is not None:
                 current = topics.enable(current, change.enabled)
             if change.name is not None:
@@ -95,6 +95,13 @@ class Memories:
             return _topic_document(topics.get(current))
 
         return self._topics.change(how)
+
+    def delete_topic(self, id: str) -> bool:
+        """Return whether there was such a topic."""
+        if not any(id in (info.id, *info.merged_ids) for info in self._topics.read()):
+            return False
+        self._topics.change(lambda topics: topics.delete(id))
+        return True
 
     def topic_context(self, reading: Reading, text: str) -> tuple[list[int], dict[str, Any]]:
         """What stands before a prompt, and its topic, which it belongs to from now on.

@@ -101,10 +101,17 @@ def memory_routes(backend: Backend) -> APIRouter:
 
     @routes.post("/topics/{id}", tags=["topics"])
     async def change_topic(id: Id, body: TopicChange, request: Request) -> dict[str, Any]:
-        """Enable, disable or rename a topic."""
+        """Enable, disable or rename a topic, or make it part of another one."""
         if (changed := await backend.change_topic(request.state.space, id, body)) is None:
             raise _no_such("topic", id)
         return changed
+
+    @routes.delete("/topics/{id}", tags=["topics"])
+    async def delete_topic(id: Id, request: Request) -> dict[str, Any]:
+        """Delete a topic with its prompts; memories stay, under no topic."""
+        if not await backend.delete_topic(request.state.space, id):
+            raise _no_such("topic", id)
+        return {"id": id, "object": "topic", "deleted": True}
 
     return routes
 

@@ -240,9 +240,11 @@ class TopicChange(Body):
     enabled: bool | None = None
     """Whether its texts are given to the model and its memories are found."""
     name: Text | None = Field(None, min_length=1, max_length=256)
+    into: Text | None = Field(None, min_length=1, max_length=256)
+    """Id of another topic, which this one becomes part of."""
 
     @model_validator(mode="after")
     def _something(self) -> "TopicChange":
-        if self.enabled is None and self.name is None:
-            raise ValueError("nothing to change: give enabled, name or both")
+        if self.enabled is None and self.name is None and self.into is None:
+            raise ValueError("nothing to change: give enabled, name or into")
         return self

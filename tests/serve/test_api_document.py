@@ -26,6 +26,7 @@ OPERATIONS = [
     ("/v1/memories/{id}", "DELETE"),
     ("/v1/topics", "GET"),
     ("/v1/topics/{id}", "POST"),
+    ("/v1/topics/{id}", "DELETE"),
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
     ("/healthz", "GET"),

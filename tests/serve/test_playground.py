@@ -343,6 +343,29 @@ def test_topics_are_switched_and_renamed_for_good(site, visit: Callable) -> None
     assert fact(page, "Topic").startswith(listed[0]["name"])
     expect(page.locator(".topic")).to_have_count(len(listed))
 
+    for text in (*TEXTS, "0 1 2 3 4 5 6 7 8 9", "zzzzzzzz", "?!?!?!", "A B C D"):
+        remember(site.url, text, topic="auto")
+    page.reload()
+    first, second = httpx.get(f"{site.url}/v1/topics").json()["data"][:2]
+    page.get_by_role("combobox", name=f"Merge topic {first['name']} into another").select_option(second["id"])
+    expect(page.locator(".topic")).to_have_count(len(httpx.get(f"{site.url}/v1/topics").json()["data"]))
+    (merged,) = [t for t in httpx.get(f"{site.url}/v1/topics").json()["data"] if t["id"] == second["id"]]
+    assert first["id"] in merged["merged_ids"]
+    assert merged["n_prompts"] == first["n_prompts"] + second["n_prompts"]
+    delete = page.get_by_role("button", name=f"Delete topic {merged['name']}")
+    delete.press("Enter")
+    expect(delete).to_have_text("Delete for good?")
+    delete.press("Enter")
+    expect(delete).to_have_count(0)
+    assert httpx.delete(f"{site.url}/v1/topics/{first['id']}").status_code == 404
+    remember(site.url, *TEXTS, topic="auto")
+    page.reload()
+    page.locator("#reset-topics").press("Enter")
+    page.locator("#reset-topics").press("Enter")
+    expect(page.locator(".topic")).to_have_count(0)
+    expect(page.locator("#topics-error")).to_be_empty()
+    assert httpx.get(f"{site.url}/v1/topics").json()["data"] == []
+
 
 @pytest.mark.slow
 def test_memories_are_added_listed_found_and_deleted(site, visit: Callable) -> None:

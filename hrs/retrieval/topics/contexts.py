@@ -223,13 +223,37 @@ class TopicContexts:
         for topic in self._topics:
             topic.forget(self.budget)
         gone = [topic for topic in self._by_recency() if not topic.touched][max_topics:]
+        self._drop(gone)
+        return tuple(topic.id for topic in gone)
+
+    def delete(self, topic_id: str) -> None:
+        """Drop a topic with its prompts; its ids stand for nothing any more, and no other topic will get them.
+
+        Raises:
+            HRSError: for an unknown topic.
+        """
+        self._drop([self._topics[self._index(topic_id)]])
+
+    def join_into(self, topic_id: str, into: str) -> str:
+        """Make a topic part of another one, which keeps its name and its switch; returns the id of that one.
+
+        Raises:
+            HRSError: for an unknown topic, or if both are the same.
+        """
+        small, large = self._index(topic_id), self._index(into)
+        if small == large:
+            raise HRSError(f"{topic_id} and {into} are the same topic: name two different ones")
+        survivor = self._topics[large]
+        self._absorb(large, small)
+        return survivor.id
+
+    def _drop(self, gone: Sequence[Topic]) -> None:
         if gone:
             stay = [i for i, topic in enumerate(self._topics) if topic not in gone]
             self._topics = [self._topics[i] for i in stay]
             self._sums, self._centroids = self._sums[stay], self._centroids[stay]  # [n_topics, d]
             lost = {topic.id for topic in gone}
             self._aliases = {old: new for old, new in self._aliases.items() if new not in lost}
-        return tuple(topic.id for topic in gone)
 
     def restarted(self, join: float, merge: float) -> "TopicContexts":
         """Return topics with other thresholds and no prompt, none of which gets an id that one of these had.

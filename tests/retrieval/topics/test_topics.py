@@ -407,6 +407,35 @@ def test_topics_that_were_written_before_any_forgot_are_read() -> None:
     assert TopicContexts.from_json(json.dumps(stored)).to_json() == filled(5, 5).to_json()
 
 
+def test_a_topic_that_is_deleted_leaves_nothing_behind() -> None:
+    topics, never = filled(3, 4, 5), filled(3, 4, 5)
+    topics.delete("topic-2")
+    assert [info.id for info in topics.topics()] == ["topic-3", "topic-1"]
+    assert topics.context() == [*range(100, 103), *range(300, 305)]
+    with pytest.raises(HRSError, match="there is no topic 'topic-2'"):
+        topics.get("topic-2")
+    assert topics.assign(np.eye(WIDTH)[1], [7], "").topic_id == "topic-4"
+    assert np.array_equal(topics.centroid("topic-3"), never.centroid("topic-3"))
+    for info in topics.topics():
+        topics.delete(info.id)
+    assert len(topics) == 0 and topics.context() == []
+    assert topics.assign(np.eye(WIDTH)[0], [8], "").created
+
+
+def test_a_topic_becomes_part_of_the_one_that_is_named() -> None:
+    topics = filled(3, 4, 5)
+    topics.rename("topic-1", "small")
+    topics.rename("topic-2", "large")
+    topics.enable("topic-2", False)
+    assert topics.join_into("topic-1", "topic-2") == "topic-2"
+    info = topics.get("topic-1")
+    assert (info.id, info.name, info.enabled, info.n_prompts) == ("topic-2", "large", False, 2)
+    assert topics.centroid("topic-2") == pytest.approx(np.array([1, 1, 0, 0]) / np.sqrt(2))
+    assert TopicContexts.from_json(topics.to_json()).to_json() == topics.to_json()
+    with pytest.raises(HRSError, match="are the same topic"):
+        topics.join_into("topic-1", "topic-2")
+
+
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
