@@ -72,7 +72,7 @@ class Tracker:
 
     def experiment_page(self, port: int) -> str:
         """Return the address of the table of all runs where ``hrs ui`` shows it on a port."""
-        return f"http://127.0.0.1:{port}/#/experiments/{self._connection[1]}"
+        return f"http://127.0.0.1:{port}/#/experiments/{self._connection[1]}/runs?workflowType=machine_learning"
 
     @functools.cached_property
     def _connection(self) -> tuple["MlflowClient", str]:

@@ -322,7 +322,8 @@ def test_a_report_is_kept_with_its_study(tracker: Tracker, tmp_path: Path) -> No
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     page = f"#/experiments/{experiment.experiment_id}/runs/{study_id}"
     assert f"({page}/artifacts/report/report.html)" in study.data.tags["mlflow.note.content"]
-    assert tracker.experiment_page(5000).endswith(f"/#/experiments/{experiment.experiment_id}")
+    runs = f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    assert tracker.experiment_page(5000).endswith(runs)
     assert tracker.pages("demo", ["k0"]) == (f"http://127.0.0.1:5000/{page}", {})
 
 
