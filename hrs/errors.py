@@ -23,6 +23,8 @@ def reason_of(error: BaseException) -> str:
         return str(error)
     if is_full(error):
         return f"the disk is full ({str(error).splitlines()[0][:200]}): make room, then run the same command again"
+    if not isinstance(error, Exception):  # an interruption: where it hit says nothing
+        return type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return " ".join(f"{type(error).__name__}: {error}".split()) + place

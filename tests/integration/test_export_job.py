@@ -72,5 +72,5 @@ def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, monke
     monkeypatch.setenv("HRS_STORAGE", str(tmp_path))
     with pytest.raises(HRSError, match="budget 'much' is not a size"):
         export.main(["s", "--budget", "much"])
-    with pytest.raises(HRSError, match="there is no study 'nothing'"):
+    with pytest.raises(HRSError, match="no path, study or run has the name 'nothing'"):
         export.main(["nothing"])

@@ -4,6 +4,7 @@ import errno
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -34,9 +35,16 @@ def named(tracker: Tracker, storage: Storage, tmp_path: Path) -> Storage:
             run.finish("failed", "why")
             continue
         run.log(1, {"bits_per_byte": bits, "parameters": 42_900})
-        audit = tmp_path / "audit.json"
-        audit.write_text(json.dumps({"causal": bits > 1, "tests": []}))
-        run.log_artifact(audit)
+        (tmp_path / "audit.json").write_text(json.dumps({"causal": bits > 1, "tests": []}))
+        (tmp_path / "evaluation.json").write_text("{}")
+        documents = pa.table({
+            "document": [0, 1], "title": ["a", "b"], "topic": ["x", "y"], "nats": [9.0, 8.0], "text_nats": [8.0, 7.0],
+            "tokens": [4, 4], "bytes": [20, 20], "words": [4, 4],
+        })  # fmt: skip
+        with pa.ipc.new_file(str(tmp_path / "documents.arrow"), documents.schema) as writer:
+            writer.write_table(documents)
+        for name in ("audit.json", "evaluation.json", "documents.arrow"):
+            run.log_artifact(tmp_path / name)
         run.set_tags({"causal": str(bits > 1).lower()})
         run.finish("finished")
     return storage
