@@ -34,9 +34,13 @@ class SharedTopics:
         self._threads = threading.RLock()
         self._max_topics = max_topics
         self._thresholds = thresholds
-        self._topics = self._none = TopicContexts(width, **({} if thresholds is None else asdict(thresholds)))
         self._width, self._superseded = width, False
+        self._topics = self._none()
         self._state: tuple[int, int, int] | None = None
+
+    def _none(self) -> TopicContexts:
+        """Return topics of which there are none yet."""
+        return TopicContexts(self._width, **({} if self._thresholds is None else asdict(self._thresholds)))
 
     def read(self) -> list[TopicInfo]:
         """All topics as they are now, the most recent first."""
@@ -47,7 +51,7 @@ class SharedTopics:
         """Apply ``how``, alone among all replicas and threads. If it raises, nothing has changed."""
         with self._threads, self._locked():
             topics = self._current()
-            self._topics, self._state = self._none, None  # what ``how`` leaves half done is not kept
+            self._topics, self._state = self._none(), None  # what ``how`` leaves half done is not kept
             result = how(topics)
             topics.forget(self._max_topics)
             with storing():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hrs import strict_json
-from hrs.errors import HRSError
+from hrs.errors import HRSError, reason_of
 from hrs.queue.leases import LEASE_SECONDS, Heartbeat
 from hrs.queue.queue import LeaseLost, Queue
 from hrs.queue.records import Claim, Resources
@@ -134,13 +134,7 @@ def _call(context: StageContext) -> tuple[Outcome, str, Resources | None, Any]:
         return Outcome.FAILED, str(error), None, None
     except Exception as error:
         traceback.print_exc()
-        return Outcome.FAILED, _with_place(error), None, None
-
-
-def _with_place(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+        return Outcome.FAILED, reason_of(error), None, None
 
 
 def _finish(queue: Queue, claim: Claim, root: Path, result: Any) -> None:

@@ -13,6 +13,7 @@ from hrs.data import open_tokens
 from hrs.export.opening import OpenedModel, open_model
 from hrs.presets import experiment
 from hrs.retrieval.engrams import model_fingerprint
+from hrs.retrieval.topics.contexts import TopicContexts
 from hrs.retrieval.topics.fit import TopicFit, fit_path
 from hrs.retrieval.topics.stress_result import Thresholds
 from hrs.storage import Storage
@@ -117,3 +118,15 @@ def test_topics_of_another_fit_are_set_aside_and_their_ids_are_not_given_again(t
     assert (tmp_path / "topics.old.json").read_bytes() == before
     third = new.change(lambda topics: topics.assign(np.eye(4)[1], [1], "oven")).topic_id
     assert [info.id for info in SharedTopics(tmp_path, 4).read()] == [third, second]
+
+
+def test_a_first_change_that_raises_leaves_nothing(tmp_path: Path) -> None:
+    topics = SharedTopics(tmp_path, 4)
+
+    def half_done(contexts: TopicContexts) -> None:
+        contexts.assign(np.eye(4)[0], [1], "tide")
+        raise RuntimeError("half done")
+
+    with pytest.raises(RuntimeError, match="half done"):
+        topics.change(half_done)
+    assert topics.read() == []
