@@ -24,10 +24,16 @@ _NOTE = (
 
 def prepare_experiment(client: "MlflowClient", experiment_id: str) -> None:
     """Set the kind and the note of the experiment where it has none."""
+    from mlflow.exceptions import MlflowException
+
     there = client.get_experiment(experiment_id).tags
     for tag, value in ((_KIND_TAG, _TRAINING), (NOTE_TAG, _NOTE)):
         if tag not in there:
-            client.set_experiment_tag(experiment_id, tag, value)
+            try:
+                client.set_experiment_tag(experiment_id, tag, value)
+            except MlflowException:  # MLflow looks and then inserts: another process may have done so in between
+                if tag not in client.get_experiment(experiment_id).tags:
+                    raise
 
 
 def note_of_report(experiment_id: str, study_id: str, folder: Path) -> str:

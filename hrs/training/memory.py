@@ -5,7 +5,7 @@ device :class:`hrs.training.memory_imitation.ImitateCuda` makes the fake tensors
 (fused attention, byte masks of dropout, CUDA's autocast rules); storages are rounded up to the caching allocator's
 blocks, and :data:`CUDA_OVERHEAD_BYTES` is added for everything that allocator does not hand out. Fragmentation is not
 predicted, but :func:`reserved_bytes` leaves room for it. For the CPU the trace is exact up to the scratch space inside
-kernels.
+kernels: where oneDNN multiplies (:mod:`hrs.nn.products`) that was 12 % of the growth with the micro-batch.
 
 Every parameter is taken to learn: phases in which some rest only make a step smaller. A compiled step is predicted as
 an eager one.

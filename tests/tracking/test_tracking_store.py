@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from waiting import free_port, wait_for_health
 
 from hrs.config import ExperimentConfig
@@ -20,6 +21,7 @@ from hrs.errors import HRSError
 from hrs.storage import Storage, open_storage
 from hrs.tracking import Tracker, ui_command
 from hrs.tracking.store import check_database
+from hrs.tracking.study_page import prepare_experiment
 
 WRITER = """
 import sys
@@ -240,3 +242,21 @@ def test_a_run_through_a_real_server_reads_back_the_same(storage: Storage, monke
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert through_server == Tracker(storage).study_records("served")
     assert through_server[0].history["train_loss"] == [(step, 1 / (step + 1)) for step in range(20)]
+
+
+def test_two_that_describe_the_experiment_at_once_agree(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow looks for a tag and then inserts it: of two at once, one is refused by the database."""
+    client, experiment_id = tracker._connection
+    wanted = client.get_experiment(experiment_id).tags
+    for tag in wanted:
+        client._tracking_client.store.delete_experiment_tag(experiment_id, tag)
+    assert not client.get_experiment(experiment_id).tags
+    insert = client.set_experiment_tag
+
+    def insert_second(*arguments: str) -> None:
+        insert(*arguments)
+        raise MlflowException("UNIQUE constraint failed")
+
+    monkeypatch.setattr(client, "set_experiment_tag", insert_second)
+    prepare_experiment(client, experiment_id)
+    assert client.get_experiment(experiment_id).tags == wanted

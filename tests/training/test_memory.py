@@ -157,7 +157,9 @@ def run_real_step(config: ExperimentConfig, micro_batch: int) -> None:
 RESIDENT = """
 import sys
 from pathlib import Path
+import torch
 sys.path.insert(0, sys.argv[1])
+torch.backends.mkldnn.set_flags(_enabled=sys.argv[2] == "onednn")
 from test_memory import run_real_step, wide
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -176,14 +178,18 @@ def wide() -> ExperimentConfig:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident high-water marks are Linux's")
-def test_prediction_agrees_with_the_resident_set_of_a_process() -> None:
-    """Growth between two micro-batches, within 5 %: what is loaded once drops out; mapped blocks go back when freed."""
+@pytest.mark.parametrize(("products", "within"), [("mkl", 0.05), ("onednn", 0.15)])
+def test_prediction_agrees_with_the_resident_set_of_a_process(products: str, within: float) -> None:
+    """Growth between two micro-batches: what is loaded once drops out; mapped blocks go back when freed.
+
+    oneDNN keeps scratch space of its own, which no tensor holds and no trace sees.
+    """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RESIDENT, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", RESIDENT, str(Path(__file__).parent), products]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     smaller, larger = map(int, done.stdout.split())
     predicted = predict_peak(wide(), 24, CPU) - predict_peak(wide(), 4, CPU)
-    assert larger - smaller == pytest.approx(predicted, rel=0.05)
+    assert larger - smaller == pytest.approx(predicted, rel=within)
 
 
 def test_prediction_leaves_the_random_state_alone() -> None:
