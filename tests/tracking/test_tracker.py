@@ -343,9 +343,15 @@ def test_a_study_shows_the_best_bits_per_byte_of_its_causal_runs(tracker: Tracke
     assert list(pages) == ["k0", "k1", "k2"] and pages["k1"].endswith(f"/runs/{tracker.run_id('k1')}")
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyError("bug"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (KeyError("bug"), "FAILED", r"KeyError: 'bug' \(test_tracker\.py:\d+\)"),
+        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt"),
+    ],
+)
 def test_what_ends_a_command_closes_the_studies_that_it_left_open(
-    error: BaseException, status: str, tracker: Tracker
+    error: BaseException, status: str, reason: str, tracker: Tracker
 ) -> None:
     left, closed = tracker.open_study("left", {}), tracker.open_study("closed", {})
     tracker.close_study(closed, "finished")
@@ -355,4 +361,4 @@ def test_what_ends_a_command_closes_the_studies_that_it_left_open(
         close_open_studies(ended)
     run, other = tracker._client.get_run(left), tracker._client.get_run(closed)
     assert (run.info.status, other.info.status) == (status, "FINISHED")
-    assert re.match(rf"{type(error).__name__}: .*\(test_tracker\.py:\d+\)", run.data.tags["hrs.reason"])
+    assert re.fullmatch(reason, run.data.tags["hrs.reason"])
