@@ -55,7 +55,7 @@ def _fingerprint(module: str) -> str:
     return colours[module]
 
 
-def closure(module: str) -> dict[str, "_Module"]:
+def closure(module: str) -> dict[str, _Module]:
     """Return a module and all that it imports inside its project, directly or not, by name."""
     known: dict[str, _Module] = {}
     pending = [module]
@@ -69,7 +69,7 @@ def closure(module: str) -> dict[str, "_Module"]:
     return known
 
 
-def _depth(known: dict[str, "_Module"], module: str) -> int:
+def _depth(known: dict[str, _Module], module: str) -> int:
     """Return the most imports between a module and one of its closure."""
     seen, frontier, depth = {module}, [module], 0
     while frontier := [i for name in frontier for i in known[name].imports if i not in seen]:

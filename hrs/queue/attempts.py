@@ -5,8 +5,6 @@ result as JSON or None. It can run again after any kill: what it keeps in ``cont
 """
 
 import importlib
-import json
-import os
 import signal
 import traceback
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 
 from hrs import strict_json
 from hrs.errors import HRSError, reason_of
+from hrs.files import read_json, write_whole
 from hrs.queue.leases import LEASE_SECONDS, Heartbeat
 from hrs.queue.queue import LeaseLost, Queue
 from hrs.queue.records import Claim, Resources
@@ -86,11 +85,7 @@ def read_result(root: Path, key: str) -> Any:
     Raises:
         HRSError: if it is missing or damaged.
     """
-    path = stage_directory(root, key) / RESULT_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HRSError(f"the result of stage {key} cannot be read ({error}): run 'hrs queue retry {key}'") from error
+    return read_json(stage_directory(root, key) / RESULT_FILE)
 
 
 def run_attempt(
@@ -111,7 +106,8 @@ def run_attempt(
         outcome, message, resources, result = _call(context)
     try:
         if outcome is Outcome.FINISHED:
-            _finish(queue, claim, root, result)
+            path = stage_directory(root, claim.stage.key) / RESULT_FILE
+            queue.finish(claim, lambda: write_whole(path, strict_json.dumps(result)))
         else:
             queue.give_up(claim, outcome, message, resources=resources)
     except LeaseLost:
@@ -135,19 +131,6 @@ def _call(context: StageContext) -> tuple[Outcome, str, Resources | None, Any]:
     except Exception as error:
         traceback.print_exc()
         return Outcome.FAILED, reason_of(error), None, None
-
-
-def _finish(queue: Queue, claim: Claim, root: Path, result: Any) -> None:
-    path = stage_directory(root, claim.stage.key) / RESULT_FILE
-    part = path.with_name(f"{RESULT_FILE}.{claim.token}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(strict_json.dumps(result))
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        queue.finish(claim, lambda: os.replace(part, path))
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_function(name: str) -> Callable[..., Any]:

@@ -26,9 +26,7 @@ class Dispatcher:
         root: of the storage.
     """
 
-    def __init__(
-        self, queue: Queue, executor: Executor, root: Path, *, lease_seconds: float = LEASE_SECONDS
-    ) -> None:  # fmt: skip
+    def __init__(self, queue: Queue, executor: Executor, root: Path, *, lease_seconds: float = LEASE_SECONDS) -> None:
         self._queue, self._executor = queue, executor
         self._reaper = Reaper(queue, root / "workers", lease_seconds=lease_seconds)
         self._mine: dict[int, Claim] = {}
